@@ -1,0 +1,258 @@
+"""Typed parameters of each stage, and the one check that every value passes before work starts.
+
+Names are flat so that ``papermill -p k 64`` reaches each. A stage ignores names of other stages and rejects
+names that no stage knows. This module imports neither torch nor transformers: planning must stay quick.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ParameterError(ValueError):
+    """A parameter that cannot be used; the message names file, key and what would be right."""
+
+
+class Common(BaseModel):
+    """Names that every stage reads."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    mode: Literal["live", "batch"] = "live"
+    """Who reads: a person in JupyterLab, or a batch that leaves pictures and files."""
+    run: str = "scratch"
+    """Folder under runs/."""
+    device: str = "auto"
+    seed: int = 42
+    threads: int = Field(0, ge=0)
+    """CPU threads; 0 takes all. Bit-identity holds for equal threads."""
+    overwrite: bool = False
+    """Replace a finished run of other parameters."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_not_switches(cls, value, info):
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("a number or a word is wanted, not true or false")
+        return value
+
+
+class Extract(Common):
+    """01_extract: a model, a layer and text give a store of activations."""
+
+    model: str = "smollm2"
+    """Alias (smollm2, tiny), hub id, or folder."""
+    layer: int = Field(11, ge=0)
+    """Residual stream after this block: blocks.{layer}.hook_resid_post."""
+    hook_name: str | None = None
+    """Another site, as blocks.{n}.hook_resid_pre; None takes the residual stream after `layer`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    corpus: str | dict[str, float] = "news"
+    """One source or weights per source: news, wikipedia, a file or folder, or a hub data set."""
+    corpus_column: str = "text"
+    corpus_split: str = "train"
+    corpus_seed: int = 0
+    tokens: int = Field(400_000, ge=1)
+    """Text tokens for training, BOS not counted; the held-out split comes on top (a twentieth of it)."""
+    context: int = Field(128, ge=4, le=8192)
+    """Tokens of a block, its leading BOS included."""
+    spelling_share: float = Field(0.2, ge=0, lt=1)
+    """Share of the tokens that are first-letter prompts."""
+    max_norm_ratio: float = Field(10.0, gt=1)
+    """Tokens whose norm exceeds this many medians are dropped."""
+    store: Literal["disk", "stream"] = "disk"
+    store_shard_tokens: int = Field(65_536, ge=256)
+    store_buffer_mb: int = Field(2048, ge=1)
+    """Memory for shuffling, in MiB."""
+
+    @property
+    def hook(self) -> str:
+        """The hook point in TransformerLens' words, e.g. ``blocks.11.hook_resid_post``."""
+        return self.hook_name or f"blocks.{self.layer}.hook_resid_post"
+
+    @field_validator("corpus")
+    @classmethod
+    def _weights_are_positive(cls, value):
+        if isinstance(value, dict) and (not value or min(value.values()) <= 0):
+            raise ValueError("every weight must be above 0")
+        return value
+
+
+class Train(Extract):
+    """02_train_variant: an architecture and its ingredients, trained on a store (or a stream) of activations."""
+
+    role: Literal["normal", "null"] = "normal"
+    activations: str = "auto"
+    """A store's folder; auto finds the one that 01 wrote for the same parameters."""
+    architecture: str = "topk"
+    d_sae: int = Field(4096, ge=1)
+    k: int = Field(32, ge=1)
+    l1: float = Field(0.04, ge=0)
+    l1_warmup: float = Field(0.1, ge=0, le=1)
+    target_l0: float | None = Field(None, gt=0)
+    ingredients: list[dict[str, Any]] = []
+    set: str | list[str] = []
+    """Changes inside ingredients: "progressive_orthogonality.weight=0.1"."""
+    samples: int = Field(2_000_000, ge=0)
+    batch_size: int = Field(2048, ge=1)
+    order: Literal["shuffled", "sequence_blocks"] = "shuffled"
+    lr: float | None = Field(None, gt=0)
+    """Learning rate; None takes 2e-4 / sqrt(d_sae / 16384) for topk, 3e-4 for standard."""
+    warmup_steps: int = Field(100, ge=0)
+    lr_decay: float = Field(0.2, ge=0, le=1)
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
+    grad_clip: float = Field(1.0, gt=0)
+    aux_k: int | None = Field(None, ge=0)
+    """Dead latents that the auxiliary loss may use; None takes half the model's width, 0 switches it off."""
+    aux_weight: float = Field(1 / 32, ge=0)
+    dead_after: int = Field(1_000_000, ge=1)
+    """Samples without firing after which the validity gate calls a latent dead."""
+    log_points: int = Field(100, ge=2)
+    stop_after_steps: int | None = Field(None, ge=0)
+    """Cut the run after so many steps, as an interruption would: the run is then invalid."""
+
+    @model_validator(mode="after")
+    def _k_fits(self):
+        if self.architecture == "topk" and self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} is larger than d_sae = {self.d_sae}; choose k <= d_sae")
+        if self.target_l0 is not None and self.target_l0 >= self.d_sae:
+            raise ValueError(f"target_l0 = {self.target_l0} must be below d_sae = {self.d_sae}")
+        return self
+
+    @field_validator("set")
+    @classmethod
+    def _set_is_a_list(cls, value):
+        return [part.strip() for part in value.split(";") if part.strip()] if isinstance(value, str) else value
+
+
+class Evaluate(Common):
+    """03_eval: SAEBench and our own measures of one SAE."""
+
+    evals: list[Literal["core"]] = ["core"]
+    eval_preset: Literal["smoke", "default", "paper"] = "default"
+    model: str | None = None
+    """The model that evaluates; None takes the one that the SAE was trained on."""
+    layer: int | None = Field(None, ge=0)
+    sae: str | None = None
+    """Another run's SAE, by the run's name; None takes the run's own."""
+
+
+class Compare(Common):
+    """05_compare: runs into one table and its figures."""
+
+    study: str = "quickstart"
+    runs: list[str] = []
+    """Runs to compare; empty takes all of the study."""
+    baseline: str | None = None
+    """The variant that others are compared with."""
+
+
+STAGES: dict[str, type[Common]] = {"extract": Extract, "train": Train, "eval": Evaluate, "compare": Compare}
+VOCABULARY = {name for stage in STAGES.values() for name in stage.model_fields}
+
+
+def check(stage: str, values: dict[str, Any], origin: str | dict[str, str] = "parameters") -> Common:
+    """Check ``values`` and return the stage's typed parameters.
+
+    Names that only other stages read are left out. ``origin`` says where values came from: one text, or a file
+    per key. Raises ParameterError naming origin, key and the nearest known name.
+    """
+    kind = STAGES[stage]
+
+    def where(key: str) -> str:
+        return origin if isinstance(origin, str) else origin.get(key, "parameters")
+
+    for key in values:
+        if key not in VOCABULARY:
+            raise ParameterError(f"{where(key)}: unknown parameter '{key}'{nearest(key, VOCABULARY)}")
+    try:
+        return kind(**{key: value for key, value in values.items() if key in kind.model_fields})
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            key = str(fault["loc"][0]) if fault["loc"] else "k" if "k =" in fault["msg"] else "parameters"
+            wrong = f" (got {fault['input']!r})" if fault["loc"] else ""
+            lines.append(f"{where(key)}: {key}: {fault['msg'].removeprefix('Value error, ')}{wrong}")
+        raise ParameterError("\n".join(dict.fromkeys(lines))) from None
+
+
+def nearest(key: str, known) -> str:
+    """The sentence that offers the nearest known name, or nothing."""
+    match = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def read(stage: str, namespace: dict[str, Any]) -> Common:
+    """Check a notebook's parameters cell: pass ``globals()``.
+
+    Also checks the names that papermill injected: it drops unknown ones into the notebook without a word.
+    """
+    injected = _injected_names(namespace.get("In", []))
+    values = {key: namespace[key] for key in STAGES[stage].model_fields if key in namespace}
+    values |= {key: namespace.get(key) for key in injected}
+    return check(stage, values, "notebook parameters")
+
+
+def _injected_names(cells: list[str]) -> list[str]:
+    """Names assigned by the cell that papermill injects (it starts with ``# Parameters``)."""
+    names = []
+    for cell in cells:
+        if cell.startswith("# Parameters\n"):
+            names += [node.targets[0].id for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+    return names
+
+
+def load_yaml(path: Path | str) -> dict[str, Any]:
+    """Read a params file into a dict. Raises ParameterError for a file that is missing or not a mapping."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise ParameterError(f"{path}: cannot be read ({error.strerror}); known here: {', '.join(known)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise ParameterError(f"{path}: a mapping of names to values is wanted, not a {type(values).__name__}")
+    return values or {}
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """A short content hash of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+
+
+EXTRACT_INPUTS = ("model", "dtype", "corpus", "corpus_column", "corpus_split", "corpus_seed", "tokens", "context",
+                  "spelling_share", "max_norm_ratio", "store_shard_tokens")
+
+
+def activations_name(p: Extract) -> str:
+    """The store's folder name: readable, and ending in the hash of the inputs as asked."""
+    asked = {name: getattr(p, name) for name in EXTRACT_INPUTS} | {"hook": p.hook}
+    asked |= {"contents": {name: _folder_digest(Path(name)) for name in _local_sources(p)}}
+    label = re.sub(r"[^A-Za-z0-9]+", "-", Path(p.model).name).strip("-").lower()
+    return f"{label}-{p.hook.removeprefix('blocks.').replace('.hook_', '-')}-{p.tokens}-{digest(asked)}"
+
+
+def _local_sources(p: Extract) -> list[str]:
+    names = [p.model, *([p.corpus] if isinstance(p.corpus, str) else p.corpus)]
+    return [name for name in names if Path(name).exists()]
+
+
+def _folder_digest(path: Path) -> str:
+    """Hash of a local model's or corpus' bytes, so that changed content is another store."""
+    total = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()):
+        total.update(file.name.encode())
+        with file.open("rb") as handle:
+            total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
