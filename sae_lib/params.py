@@ -114,6 +114,8 @@ class Train(Extract):
     aux_k: int | None = Field(None, ge=0)
     """Dead latents that the auxiliary loss may use; None takes half the model's width, 0 switches it off."""
     aux_weight: float = Field(1 / 32, ge=0)
+    aux_dead_after: int = Field(100_000, ge=1)
+    """Samples without firing after which the auxiliary loss revives a latent."""
     dead_after: int = Field(1_000_000, ge=1)
     """Samples without firing after which the validity gate calls a latent dead."""
     log_points: int = Field(100, ge=2)
@@ -238,14 +240,26 @@ EXTRACT_INPUTS = ("model", "dtype", "corpus", "corpus_column", "corpus_split", "
 def activations_name(p: Extract) -> str:
     """The store's folder name: readable, and ending in the hash of the inputs as asked."""
     asked = {name: getattr(p, name) for name in EXTRACT_INPUTS} | {"hook": p.hook}
-    asked |= {"contents": {name: _folder_digest(Path(name)) for name in _local_sources(p)}}
+    asked |= {"contents": {name: _folder_digest(path) for name, path in _local_sources(p).items()}}
     label = re.sub(r"[^A-Za-z0-9]+", "-", Path(p.model).name).strip("-").lower()
     return f"{label}-{p.hook.removeprefix('blocks.').replace('.hook_', '-')}-{p.tokens}-{digest(asked)}"
 
 
-def _local_sources(p: Extract) -> list[str]:
+ALIASES = {"smollm2", "tiny", "news", "wikipedia"}
+
+
+def local_path(name: str) -> Path | None:
+    """The file or folder that a model or corpus names, relative to here or to the project; None for an alias or hub id.
+
+    JupyterLab runs a notebook in its own folder, papermill in the caller's: both must find the same file.
+    """
+    places = (Path(name).expanduser(), Path(__file__).resolve().parents[1] / name)
+    return None if name in ALIASES else next((place.resolve() for place in places if place.exists()), None)
+
+
+def _local_sources(p: Extract) -> dict[str, Path]:
     names = [p.model, *([p.corpus] if isinstance(p.corpus, str) else p.corpus)]
-    return [name for name in names if Path(name).exists()]
+    return {name: path for name in names if (path := local_path(name))}
 
 
 def _folder_digest(path: Path) -> str:

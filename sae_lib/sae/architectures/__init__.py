@@ -1,0 +1,92 @@
+"""Architectures by name: what selects latents, and the loss terms that belong to the selection.
+
+An architecture is one file here: a subclass of ``Architecture`` under ``@register``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sae_lib.params import ParameterError, nearest
+from sae_lib.sae.codes import Codes
+from sae_lib.sae.context import Context
+from sae_lib.sae.kernels import reference
+
+REGISTRY: dict[str, type[Architecture]] = {}
+
+
+class Architecture:
+    """Selection of latents from pre-activations (B, F), and its own loss terms."""
+
+    name: ClassVar[str]
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that change this architecture; others of the training vocabulary's kind have no effect."""
+    sparse: ClassVar[bool] = False
+    """True where only a few latents are active, so that a sparse kernel can be picked."""
+    state: tuple[str, ...] = ()
+    """Names of numbers that training changes and a checkpoint keeps."""
+
+    def __init__(self, **config: Any):
+        self.__dict__.update(config)
+
+    @classmethod
+    def from_params(cls, p, d_in: int) -> Architecture:
+        """Build from typed training parameters."""
+        return cls(**{name: getattr(p, name) for name in cls.uses})
+
+    @staticmethod
+    def default_lr(d_sae: int) -> float:
+        """The learning rate where the parameters name none."""
+        return 3e-4
+
+    def config(self) -> dict[str, Any]:
+        """What the saved SAE must know to select latents."""
+        return {}
+
+    def select(self, pre_acts: Tensor) -> Codes:
+        """Latents of pre-activations (B, F), differentiable."""
+        raise TypeError(f"architecture '{self.name}' defines no select()")
+
+    def encode(self, x: Tensor, sae, kernel) -> Codes:
+        """Latents of ``x`` (B, D) by a kernel; sparse architectures override it."""
+        return self.select(sae.pre_activations(x))
+
+    def losses(self, ctx: Context) -> dict[str, Tensor]:
+        """The architecture's own loss terms, weighted, by name."""
+        return {}
+
+    def after_step(self, ctx: Context) -> None:
+        """Adapt to what the step showed (a sparsity controller, say)."""
+
+    def log(self) -> dict[str, float]:
+        """Values worth a column in the history."""
+        return {}
+
+
+def register(kind: type[Architecture]) -> type[Architecture]:
+    """Make an architecture known by its ``name``."""
+    REGISTRY[kind.name] = kind
+    return kind
+
+
+def get(name: str) -> type[Architecture]:
+    """The architecture of that name. Raises ParameterError naming the known ones."""
+    if name not in REGISTRY:
+        raise ParameterError(f"architecture: '{name}' is not known{nearest(name, REGISTRY)} "
+                             f"(known: {', '.join(sorted(REGISTRY))})")
+    return REGISTRY[name]
+
+
+def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Squared error summed over D, averaged over B: the reconstruction term of every architecture."""
+    return (x - x_hat).square().sum(1).mean()
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["REGISTRY", "Architecture", "get", "reference", "register", "squared_error"]

@@ -1,0 +1,161 @@
+"""The sparse autoencoder: weights, encode, decode, save, load. Shapes: B tokens, D width, F latents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sae_lib.params import nearest
+from sae_lib.runs import RunError, read_json, whole
+from sae_lib.sae import architectures
+from sae_lib.sae.codes import Dense
+from sae_lib.sae.context import Context
+from sae_lib.sae.kernels import reference
+
+SAE_LENS_FORMAT = "6.54.12"
+"""The version whose cfg.json we write: SAELens reads `metadata` whole only where it is 6 or newer."""
+
+
+class SparseAutoencoder(nn.Module):
+    """a = W_enc (x - b_dec) + b_enc;  f = select(a);  x_hat = f W_dec + b_dec."""
+
+    def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+                 architecture: architectures.Architecture, input_scale: float = 1.0):
+        super().__init__()
+        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
+        """(F, D) and (F,)"""
+        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+        """(F, D), rows of unit norm, and (D,)"""
+        self.architecture = architecture
+        self.input_scale = input_scale
+        """Activations are multiplied by it on the way in; 1 where the scale is folded into the weights."""
+        self.hooks: list = []
+        """Ingredients that change the forward pass, in order."""
+        self.kernel = reference
+        self.metadata: dict[str, Any] = {}
+
+    @classmethod
+    def initialise(cls, d_sae: int, b_dec: Tensor, architecture, generator: torch.Generator) -> SparseAutoencoder:
+        """Random unit decoder rows, the encoder their copy, ``b_dec`` (D,) as given, ``b_enc`` zero."""
+        rows = torch.randn(d_sae, len(b_dec), generator=generator)
+        rows = nn.functional.normalize(rows, dim=1)
+        return cls(rows.clone(), torch.zeros(d_sae), rows, b_dec.clone(), architecture)
+
+    @property
+    def d_in(self) -> int:
+        """D"""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """F"""
+        return self.W_dec.shape[0]
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """(B, D) to (B, F)."""
+        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
+
+    def run(self, ctx: Context) -> Context:
+        """One forward pass: fills pre-activations (dense path only), codes, rows and reconstruction."""
+        if self.kernel is reference:
+            ctx.pre_acts = self.pre_activations(ctx.x)
+            for hook in self.hooks:
+                ctx.pre_acts = hook.before_selection(ctx.pre_acts, ctx)
+            ctx.codes = self.architecture.select(ctx.pre_acts)
+        else:
+            ctx.codes = self.architecture.encode(ctx.x, self, self.kernel)
+        for hook in self.hooks:
+            ctx.codes = hook.transform(ctx.codes, ctx)
+        ctx.rows = self.W_dec
+        for hook in self.hooks:
+            ctx.rows = hook.decoder_rows(ctx.rows, ctx.codes, ctx)
+        ctx.reconstruction = self.kernel.decode(ctx.codes, ctx.rows) + self.b_dec
+        return ctx
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents (B, F) of activations (B, D) as the model gives them."""
+        return self.run(Context(self, x * self.input_scale)).codes.dense() / self.input_scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, F) latents to (B, D) activations."""
+        rows, codes = self.W_dec, Dense(latents * self.input_scale)
+        for hook in self.hooks:
+            rows = hook.decoder_rows(rows, codes, Context(self, latents, codes=codes))
+        return latents @ rows + self.b_dec / self.input_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction (B, D) of activations (B, D) as the model gives them."""
+        return self.run(Context(self, x * self.input_scale)).reconstruction / self.input_scale
+
+    def folded(self, scale: float) -> SparseAutoencoder:
+        """The same SAE for activations before scaling: x_hat(x) = x_hat_scaled(scale * x) / scale.
+
+        ReLU and TopK are positively homogeneous, so dividing the biases is enough; latents come in the model's
+        units. Where an ingredient changes the forward pass the scale is kept as ``input_scale`` instead.
+        """
+        parts = [p.detach().clone() for p in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)]
+        if not self.hooks:
+            parts[1], parts[3] = parts[1] / scale, parts[3] / scale
+        other = SparseAutoencoder(*parts, self.architecture, scale if self.hooks else 1.0)
+        other.hooks, other.metadata, other.kernel = self.hooks, self.metadata, self.kernel
+        return other
+
+    def save(self, folder: Path) -> None:
+        """Write ``cfg.json`` and ``sae_weights.safetensors`` in SAELens' format, whole or not at all.
+
+        Ingredients that change the forward pass make the architecture ``workbook_<name>``, which SAELens
+        refuses: it never loads as a plain SAE that would compute something else.
+        """
+        name, extra = self.architecture.name, self.architecture.config()
+        ours = {"architecture": name, "config": extra, "input_scale": self.input_scale,
+                "ingredients": [hook.describe() for hook in self.hooks]}
+        cfg = {"architecture": f"workbook_{name}" if self.hooks else name, "d_in": self.d_in, "d_sae": self.d_sae,
+               "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
+               "reshape_activations": "none", "rescale_acts_by_decoder_norm": False, **extra,
+               "metadata": {"sae_lens_version": SAE_LENS_FORMAT, **self.metadata, "workbook": ours}}
+        weights = {"W_enc": self.W_enc.T, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        state = {f"{hook.name}.{key}": value for hook in self.hooks for key, value in hook.state_dict().items()}
+        with whole(Path(folder)) as temporary:
+            temporary.mkdir()
+            (temporary / "cfg.json").write_text(json.dumps(cfg, indent=1))
+            save_file({key: w.detach().float().cpu().contiguous() for key, w in weights.items()},
+                      temporary / "sae_weights.safetensors")
+            if state:
+                save_file({key: value.contiguous() for key, value in state.items()},
+                          temporary / "ingredients.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, make_hooks=None) -> SparseAutoencoder:
+        """Read an SAE that ``save`` wrote (or SAELens, for the same architectures).
+
+        ``make_hooks(descriptions, state, d_in, d_sae)`` rebuilds ingredients that change the forward pass.
+        Raises RunError naming the file for a missing, damaged or unknown SAE.
+        """
+        folder = Path(folder)
+        cfg = read_json(folder / "cfg.json")
+        ours = cfg.get("metadata", {}).get("workbook", {})
+        name = ours.get("architecture", cfg.get("architecture"))
+        if name not in architectures.REGISTRY:
+            raise RunError(f"{folder / 'cfg.json'}: architecture: '{name}' is not known"
+                           f"{nearest(str(name), architectures.REGISTRY)}")
+        try:
+            weights = load_file(folder / "sae_weights.safetensors")
+            parts = weights["W_enc"].T.contiguous(), weights["b_enc"], weights["W_dec"], weights["b_dec"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise RunError(f"{folder / 'sae_weights.safetensors'}: cannot be read ({error})") from None
+        kind = architectures.get(name)
+        config = ours.get("config") or {key: cfg[key] for key in kind.uses if key in cfg}
+        sae = cls(*parts, kind(**config), ours.get("input_scale", 1.0))
+        sae.metadata = {key: value for key, value in cfg.get("metadata", {}).items() if key != "workbook"}
+        if ours.get("ingredients"):
+            if make_hooks is None:
+                raise RunError(f"{folder}: ingredients change this SAE's forward pass; load it with training.load_sae")
+            extra = folder / "ingredients.safetensors"
+            sae.hooks = make_hooks(ours["ingredients"], load_file(extra) if extra.exists() else {}, sae.d_in, sae.d_sae)
+        return sae.requires_grad_(False)

@@ -1,0 +1,127 @@
+"""Sparse codes: which latents are active on each token, and how strongly.
+
+Three forms with one interface: a fixed number per token (TopK), ragged rows (CSR: ReLU, BatchTopK) and dense.
+Shapes: B tokens, F latents, K slots per token, N active entries in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FixedK:
+    """At most K active latents on each token: the fast form of TopK."""
+
+    indices: Tensor
+    """(B, K) int64 latent ids; a slot whose value is 0 is inactive."""
+    values: Tensor
+    """(B, K) non-negative latents; gradients flow through them."""
+    n_latents: int
+
+    def with_values(self, values: Tensor) -> FixedK:
+        """The same latents with other values (B, K)."""
+        return replace(self, values=values)
+
+    def dense(self) -> Tensor:
+        """(B, F) latents."""
+        empty = self.values.new_zeros(len(self.values), self.n_latents)
+        return empty.scatter_add(1, self.indices, self.values)
+
+    def l0(self) -> float:
+        """Mean number of active latents per token."""
+        return float((self.values.detach() > 0).sum(1).float().mean())
+
+    def fired(self) -> Tensor:
+        """(F,) bool: which latents are active on any token of the batch."""
+        fired = torch.zeros(self.n_latents, dtype=torch.bool, device=self.values.device)
+        fired[self.indices[self.values.detach() > 0]] = True
+        return fired
+
+    def csr(self) -> CSR:
+        """The ragged form, inactive slots left out."""
+        active = self.values > 0
+        offsets = torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
+        return CSR(offsets, self.indices[active], self.values[active], self.n_latents)
+
+
+@dataclass(frozen=True)
+class CSR:
+    """Any number of active latents on each token."""
+
+    offsets: Tensor
+    """(B + 1,) int64: token b owns entries offsets[b]:offsets[b + 1]."""
+    indices: Tensor
+    """(N,) int64 latent ids."""
+    values: Tensor
+    """(N,) positive latents; gradients flow through them."""
+    n_latents: int
+
+    def with_values(self, values: Tensor) -> CSR:
+        """The same latents with other values (N,)."""
+        return replace(self, values=values)
+
+    def rows(self) -> Tensor:
+        """(N,) int64: the token of each entry."""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+    def dense(self) -> Tensor:
+        """(B, F) latents."""
+        empty = self.values.new_zeros(len(self.offsets) - 1, self.n_latents)
+        return empty.index_put((self.rows(), self.indices), self.values, accumulate=True)
+
+    def l0(self) -> float:
+        """Mean number of active latents per token."""
+        return float((self.values.detach() > 0).sum()) / max(1, len(self.offsets) - 1)
+
+    def fired(self) -> Tensor:
+        """(F,) bool: which latents are active on any token of the batch."""
+        fired = torch.zeros(self.n_latents, dtype=torch.bool, device=self.values.device)
+        fired[self.indices[self.values.detach() > 0]] = True
+        return fired
+
+    def csr(self) -> CSR:
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class Dense:
+    """All latents of each token: for codes so dense that sparse forms lose."""
+
+    values: Tensor
+    """(B, F) non-negative latents."""
+
+    @property
+    def n_latents(self) -> int:
+        """F."""
+        return self.values.shape[1]
+
+    def with_values(self, values: Tensor) -> Dense:
+        """Other values (B, F)."""
+        return Dense(values)
+
+    def dense(self) -> Tensor:
+        """(B, F) latents."""
+        return self.values
+
+    def l0(self) -> float:
+        """Mean number of active latents per token."""
+        return float((self.values.detach() > 0).sum(1).float().mean())
+
+    def fired(self) -> Tensor:
+        """(F,) bool: which latents are active on any token of the batch."""
+        return (self.values.detach() > 0).any(0)
+
+    def csr(self) -> CSR:
+        """The ragged form."""
+        active = self.values > 0
+        offsets = torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
+        return CSR(offsets, active.nonzero()[:, 1], self.values[active], self.n_latents)
+
+
+Codes = FixedK | CSR | Dense

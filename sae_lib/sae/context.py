@@ -1,0 +1,48 @@
+"""What an ingredient sees of one step (and, with progress 1, of evaluation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sae_lib.sae.codes import Codes
+
+
+@dataclass
+class Context:
+    """One step. Fields fill in order: x, pre-activations, codes, reconstruction."""
+
+    sae: torch.nn.Module
+    """The autoencoder (its weights in training units)."""
+    x: Tensor
+    """(B, D) activations, scaled so that E|x|^2 = D in training."""
+    step: int = 0
+    total_steps: int = 0
+    dead: Tensor | None = None
+    """(F,) bool: latents that have not fired for long."""
+    document: Tensor | None = None
+    """(B,) document of each token."""
+    position: Tensor | None = None
+    """(B,) position of each token in its block; BOS is 0."""
+    generator: torch.Generator | None = None
+    """The stream of random numbers of the ingredient being called."""
+    pre_acts: Tensor | None = None
+    """(B, F) pre-activations; None on the sparse path, for whoever does not name them in ``needs``."""
+    codes: Codes | None = None
+    rows: Tensor | None = None
+    """(F, D) decoder rows used for this batch."""
+    reconstruction: Tensor | None = None
+    """(B, D)"""
+
+    @property
+    def progress(self) -> float:
+        """p = step / total steps; 1 outside training."""
+        return self.step / self.total_steps if self.total_steps else 1.0
+
+    @cached_property
+    def fired(self) -> Tensor:
+        """(F,) bool: latents active on any token of the batch."""
+        return self.codes.fired()

@@ -1,0 +1,158 @@
+"""Ingredients: what is added to an architecture to make a variant.
+
+An ingredient is one file here: a subclass of ``Ingredient`` with a typed ``Config``, under ``@ingredient``.
+Every method is optional; ``needs`` says what it reads, and so which kernel can be used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from sae_lib.params import ParameterError, nearest
+from sae_lib.sae.autoencoder import SparseAutoencoder
+from sae_lib.sae.codes import Codes
+from sae_lib.sae.context import Context
+from sae_lib.training.schedules import Schedule
+
+REGISTRY: dict[str, type[Ingredient]] = {}
+
+
+class IngredientConfig(BaseModel):
+    """Base of every ingredient's typed configuration: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Ingredient:
+    """A term or a transform. Override only what the ingredient does."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type[IngredientConfig]] = IngredientConfig
+    needs: ClassVar[frozenset[str]] = frozenset({"codes"})
+    """Of codes, pre_acts, dense: gradients through pre-activations take the dense kernel."""
+    changes_forward: ClassVar[bool] = False
+    """True where the saved SAE must carry the ingredient to compute what it computed in training."""
+
+    def __init__(self, config: IngredientConfig, d_in: int, d_sae: int, generator: torch.Generator | None = None):
+        self.config, self.d_in, self.d_sae, self.generator = config, d_in, d_sae, generator
+
+    def before_selection(self, pre_acts: Tensor, ctx: Context) -> Tensor:
+        """Change pre-activations (B, F): normalisation, gates, masks, winner-take-all."""
+        return pre_acts
+
+    def transform(self, codes: Codes, ctx: Context) -> Codes:
+        """Change latents."""
+        return codes
+
+    def decoder_rows(self, rows: Tensor, codes: Codes, ctx: Context) -> Tensor:
+        """Change the decoder rows (F, D) used for this batch."""
+        return rows
+
+    def penalty(self, ctx: Context) -> Tensor | None:
+        """One loss term, weighted; it is logged under the ingredient's name."""
+        return None
+
+    def on_gradients(self, sae: SparseAutoencoder, ctx: Context) -> None:
+        """Change gradients before they are clipped and used."""
+
+    def after_step(self, sae: SparseAutoencoder, ctx: Context) -> None:
+        """Change weights after the step: prune, re-initialise."""
+
+    def sampling_weights(self, store) -> Tensor | None:
+        """Weights (rows of the store,) for drawing batches; None draws evenly."""
+        return None
+
+    def log(self, ctx: Context) -> dict[str, float]:
+        """Values worth a column in the history."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+    def schedules(self) -> dict[str, Schedule]:
+        """The configuration's schedules by field."""
+        fields = {key: getattr(self.config, key) for key in type(self.config).model_fields}
+        return {key: value for key, value in fields.items() if isinstance(value, Schedule)}
+
+    def describe(self) -> dict[str, Any]:
+        """Name and resolved configuration, as plain values."""
+        return {"name": self.name, **self.config.model_dump()}
+
+
+def ingredient(name: str, config: type[IngredientConfig] = IngredientConfig):
+    """Class decorator: make an ingredient known by ``name``, with its typed configuration."""
+    def add(kind: type[Ingredient]) -> type[Ingredient]:
+        kind.name, kind.Config = name, config
+        REGISTRY[name] = kind
+        return kind
+    return add
+
+
+def configured(p) -> list[tuple[type[Ingredient], IngredientConfig]]:
+    """Check ``ingredients`` with the changes of ``set`` applied.
+
+    Raises ParameterError naming the ingredient, the key and what would be right.
+    """
+    entries = [dict(entry) for entry in p.ingredients]
+    for change in p.set:
+        _apply(change, entries)
+    found = []
+    for entry in entries:
+        name = entry.pop("name", None)
+        if name not in REGISTRY:
+            raise ParameterError(f"ingredients: '{name}' is not known{nearest(str(name), REGISTRY)} "
+                                 f"(known: {', '.join(sorted(REGISTRY))})")
+        kind = REGISTRY[name]
+        try:
+            found.append((kind, kind.Config(**entry)))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            path = ".".join(str(part) for part in fault["loc"])
+            hint = nearest(path, kind.Config.model_fields) if fault["type"] == "extra_forbidden" else ""
+            raise ParameterError(f"ingredients: {name}.{path}: {fault['msg']}{hint}") from None
+    return found
+
+
+def _apply(change: str, entries: list[dict[str, Any]]) -> None:
+    """Apply one "name.key=value" (value as YAML) to the entry of that name."""
+    path, equals, value = change.partition("=")
+    name, *keys = path.strip().split(".")
+    entry = next((e for e in entries if e.get("name") == name), None)
+    if not equals or not keys or entry is None:
+        present = ", ".join(str(e.get("name")) for e in entries) or "none"
+        raise ParameterError(f"set: '{change}' is not <ingredient>.<key>=<value> of an ingredient here ({present})")
+    for key in keys[:-1]:
+        inner = entry.get(key)
+        entry[key] = dict(inner) if isinstance(inner, dict) else {} if inner is None else {"start": inner}
+        entry = entry[key]
+    entry[keys[-1]] = yaml.safe_load(value)
+
+
+def load_sae(folder: Path) -> SparseAutoencoder:
+    """Read a saved SAE together with the ingredients that belong to its forward pass."""
+    def make(descriptions, state, d_in, d_sae):
+        hooks = []
+        for entry in descriptions:
+            kind = REGISTRY[entry["name"]]
+            hook = kind(kind.Config(**{k: v for k, v in entry.items() if k != "name"}), d_in, d_sae)
+            prefix = f"{hook.name}."
+            hook.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            hooks.append(hook)
+        return hooks
+    return SparseAutoencoder.load(folder, make)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,71 @@
+"""What training can know of an SAE: measures on held-out activations and on the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lib.metrics import explained_variance, mean_cos2
+from sae_lib.sae.autoencoder import SparseAutoencoder
+from sae_lib.sae.context import Context
+
+
+@torch.no_grad()
+def heldout(sae: SparseAutoencoder, x: Tensor, scale: float, block: int = 2048) -> dict[str, float]:
+    """Measures of ``sae`` on ``x`` (N, D), activations as the model gives them.
+
+    ``mse`` is in training units (activations times ``scale``), per token, summed over D.
+    """
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    active, parts = 0.0, []
+    device = sae.W_dec.device
+    for part in x.split(block):
+        ctx = sae.run(Context(sae, part.to(device) * sae.input_scale))
+        parts.append((ctx.reconstruction / sae.input_scale).cpu())
+        fired |= ctx.fired.cpu()
+        active += ctx.codes.l0() * len(part)
+    x_hat = torch.cat(parts)
+    norms = x.norm(dim=1).clamp_min(1e-12)
+    return {"explained_variance": explained_variance(x, x_hat), "l0": active / len(x),
+            "mse": float((scale * (x - x_hat)).square().sum(1).double().mean()),
+            "norm_ratio": float((x_hat.norm(dim=1) / norms).double().mean()),
+            "unused_share": float((~fired).double().mean()), "heldout_tokens": len(x)}
+
+
+@torch.no_grad()
+def weights(sae: SparseAutoencoder, x: Tensor) -> dict[str, Any]:
+    """Measures of the weights: decoder cosines, unit rows, finiteness."""
+    finite = all(bool(w.isfinite().all()) for w in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    return {"mean_cos2": mean_cos2(sae.W_dec.cpu()), "fold_error": fold_error(sae, x[:1024]),
+            "nonfinite": None if finite else "weights are not finite"}
+
+
+@torch.no_grad()
+def fold_error(sae: SparseAutoencoder, x: Tensor) -> float:
+    """Relative change of the reconstruction when decoder norms are folded into the code.
+
+    0 for unit rows. Where rows differ in norm, TopK then selects other latents, and every evaluation that
+    normalises the decoder sees another SAE than the one that was trained.
+    """
+    norms = sae.W_dec.norm(dim=1).clamp_min(1e-12)
+    other = SparseAutoencoder(sae.W_enc * norms[:, None], sae.b_enc * norms, sae.W_dec / norms[:, None], sae.b_dec,
+                              sae.architecture, sae.input_scale)
+    other.hooks, other.kernel = sae.hooks, sae.kernel
+    x = x.to(sae.W_dec.device)
+    before = sae(x)
+    return float((before - other(x)).norm() / before.norm().clamp_min(1e-12))
+
+
+def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point (D,) with the least summed distance to the rows of ``x`` (N, D), by Weiszfeld's iteration."""
+    point = x.mean(0)
+    for _ in range(iterations):
+        weight = 1 / (x - point).norm(dim=1).clamp_min(1e-8)
+        moved = (weight[:, None] * x).sum(0) / weight.sum()
+        done = (moved - point).norm() <= tolerance * point.norm().clamp_min(1e-12)
+        point = moved
+        if done:
+            break
+    return point

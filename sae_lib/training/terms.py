@@ -1,0 +1,58 @@
+"""Loss terms of one step, their gradients, and each term's share beside the reconstruction's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_lib.sae.architectures import squared_error
+from sae_lib.sae.context import Context
+
+INERT, DOMINATING = 1e-3, 1.0
+"""A term whose gradient share stays under the first, or over the second, through most of training is flagged."""
+
+
+def loss_terms(ctx: Context, ingredients) -> dict[str, Tensor]:
+    """Every term by name, reconstruction first; their sum is the loss."""
+    terms = {"reconstruction": squared_error(ctx.x, ctx.reconstruction), **ctx.sae.architecture.losses(ctx)}
+    for part in ingredients:
+        term = part.penalty(ctx)
+        if term is not None:
+            terms[part.name] = term
+    return terms
+
+
+def backward(terms: dict[str, Tensor]) -> None:
+    """Accumulate the gradient of the sum of all terms."""
+    sum(terms.values()).backward()
+
+
+def backward_with_shares(terms: dict[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
+    """The same gradient, term by term, and each term's share.
+
+    share = |g_term| / |g_reconstruction|, both over the weights that the term acts on (rows or entries where its
+    gradient is not zero). A term whose gradient is 0 has share 0.
+    """
+    gradients = {}
+    for name, term in terms.items():
+        found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        gradients[name] = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
+    for parameter, *parts in zip(parameters, *gradients.values()):
+        parameter.grad = sum(parts)
+    reference = gradients.pop("reconstruction")
+    return {name: _share(parts, reference) for name, parts in gradients.items()}
+
+
+def _share(parts: list[Tensor], reference: list[Tensor]) -> float:
+    own = sum(float(g.square().sum()) for g in parts)
+    beside = sum(float((r * (g != 0)).square().sum()) for g, r in zip(parts, reference))
+    if own == 0:
+        return 0.0
+    return (own / beside) ** 0.5 if beside else float("inf")
+
+
+def summary(shares: list[float]) -> dict[str, float]:
+    """How a term stood over the log steps: its median share, and the part of steps inert or dominating."""
+    values = torch.tensor(shares, dtype=torch.float64)
+    return {"median_share": float(values.median()), "inert_share": float((values < INERT).double().mean()),
+            "dominating_share": float((values > DOMINATING).double().mean())}

@@ -1,0 +1,216 @@
+"""The loop: batches of activations in, a trained SAE, its history and what training knows of it out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sae_lib import runs
+from sae_lib.params import Train
+from sae_lib.progress import Progress
+from sae_lib.sae import architectures, kernels
+from sae_lib.sae.autoencoder import SparseAutoencoder
+from sae_lib.sae.context import Context
+from sae_lib.training import measure, terms
+from sae_lib.training.ingredients import configured, load_sae
+from sae_lib.training.schedules import learning_rate_factor
+
+
+class Result(NamedTuple):
+    """A finished (or cut) training."""
+
+    sae: SparseAutoencoder
+    """For activations as the model gives them; what was saved."""
+    history: pd.DataFrame
+    """One row per log step."""
+    report: dict[str, Any]
+    """What training.json holds."""
+
+
+def stream(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for each use of chance, from the one seed.
+
+    So an ingredient that draws numbers changes neither the initial weights nor the order of the data, and runs
+    of one seed stay paired.
+    """
+    number = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(number)
+
+
+def train(p: Train, source, run: runs.Run) -> Result:
+    """Train the variant that ``p`` names on ``source`` and write the run's folder.
+
+    Raises ParameterError before any work for what cannot be; a fault on the way is recorded as ``failed``.
+    """
+    with run.stage("02_train_variant"):
+        trainer = Trainer(p, source)
+        began = time.perf_counter()
+        trainer.fit()
+        sae = trainer.saved(run)
+        history = pd.DataFrame(trainer.rows)
+        with runs.whole(run.path / "history.parquet") as temporary:
+            history.to_parquet(temporary)
+        report = trainer.report(sae, time.perf_counter() - began)
+        runs.write_json(run.path / "training.json", report)
+        runs.write_json(run.path / "provenance.json", report["provenance"])
+    return Result(sae, history, report)
+
+
+class Trainer:
+    """State of one training: weights, optimiser, ingredients, counters."""
+
+    def __init__(self, p: Train, source):
+        self.p, self.source = p, source
+        if p.threads:
+            torch.set_num_threads(p.threads)
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if p.device == "auto" else p.device
+        parts = configured(p)
+        architecture = architectures.get(p.architecture)
+        self.total_steps = p.samples // p.batch_size
+        first = min(4096, source.n_train)
+        sample = next(iter(source.batches(first, first, order="shuffled", seed=p.seed))).x * source.scale
+        self.sae = SparseAutoencoder.initialise(p.d_sae, measure.geometric_median(sample),
+                                                architecture.from_params(p, source.d_in),
+                                                stream(p.seed, "weights")).to(self.device)
+        self.ingredients = [kind(config, source.d_in, p.d_sae, stream(p.seed, kind.name)) for kind, config in parts]
+        self.sae.hooks = [part for part in self.ingredients if part.changes_forward]
+        dense = any(part.needs & {"pre_acts", "dense"} for part in self.ingredients)
+        self.sae.kernel = kernels.pick(self.device, sparse=architecture.sparse and not dense)
+        self.lr = p.lr or architecture.default_lr(p.d_sae)
+        self.parameters = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        self.optimiser = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
+        self.silent = torch.zeros(p.d_sae, dtype=torch.int64, device=self.device)
+        """(F,) samples since each latent fired."""
+        self.rows: list[dict[str, float]] = []
+        self.step, self.nonfinite, self.waited, self.busy = 0, None, 0.0, 0.0
+        self.untrained = measure.heldout(self.sae.folded(source.scale), source.heldout().x, source.scale)
+
+    def fit(self) -> None:
+        """Run the steps that are left. Ends early on a non-finite loss, a stop by hand, or ``stop_after_steps``."""
+        p = self.p
+        last = self.total_steps if p.stop_after_steps is None else min(self.total_steps, p.stop_after_steps)
+        every = max(1, self.total_steps // p.log_points)
+        batches = self.source.batches(p.batch_size, last * p.batch_size, order=p.order, seed=p.seed)
+        try:
+            with Progress(last * p.batch_size, f"training {p.run}", p.mode, "samples") as bar:
+                while self.step < last and not self.nonfinite:
+                    began = time.perf_counter()
+                    batch = next(batches)
+                    ready = time.perf_counter()
+                    self.one_step(batch, log=self.step % every == 0 or self.step == last - 1)
+                    self.waited += ready - began
+                    self.busy += time.perf_counter() - ready
+                    bar.update(p.batch_size, **self._headline())
+        except KeyboardInterrupt:
+            print(f"stopped by hand after {self.step} of {self.total_steps} steps")
+
+    def one_step(self, batch, log: bool = False) -> None:
+        """Forward, terms, backward, projections, Adam, normalisation, counters; a history row where asked."""
+        sae, p = self.sae, self.p
+        ctx = Context(sae, batch.x.to(self.device) * self.source.scale, self.step, self.total_steps,
+                      dead=self.silent >= p.aux_dead_after, document=batch.document, position=batch.position)
+        sae.run(ctx)
+        losses = terms.loss_terms(ctx, self.ingredients)
+        total = float(sum(term.detach() for term in losses.values()))
+        if total != total or abs(total) == float("inf"):
+            self.nonfinite = f"the loss became {total} at step {self.step}"
+            return
+        self.optimiser.zero_grad(set_to_none=True)
+        shares = terms.backward_with_shares(losses, self.parameters) if log else terms.backward(losses)
+        remove_parallel_gradient(sae.W_dec)
+        for part in self.ingredients:
+            part.on_gradients(sae, ctx)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, p.grad_clip)
+        factor = learning_rate_factor(self.step, self.total_steps, p.warmup_steps, p.lr_decay)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * factor
+        self.optimiser.step()
+        with torch.no_grad():
+            torch.nn.functional.normalize(sae.W_dec, dim=1, out=sae.W_dec.data)
+            for part in self.ingredients:
+                part.after_step(sae, ctx)
+            sae.architecture.after_step(ctx)
+            self.silent += len(ctx.x)
+            self.silent[ctx.fired] = 0
+        if log:
+            self._record(ctx, losses, shares, float(norm), self.lr * factor)
+        self.step += 1
+
+    def _record(self, ctx: Context, losses: dict[str, Tensor], shares: dict[str, float], norm: float, lr: float):
+        row = {"step": self.step, "samples": (self.step + 1) * len(ctx.x)}
+        row["loss"] = float(sum(term.detach() for term in losses.values()))
+        row |= {f"loss/{name}": float(term.detach()) for name, term in losses.items()}
+        row |= {f"share/{name}": share for name, share in shares.items()}
+        variance = (ctx.x - ctx.x.mean(0)).square().sum(1).mean()
+        row["explained_variance"] = 1 - row["loss/reconstruction"] / float(variance)
+        row |= {"l0": ctx.codes.l0(), "dead_share": self.dead_share(), "lr": lr, "grad_norm": norm}
+        row["samples_per_second"] = (self.step + 1) * len(ctx.x) / max(self.busy + self.waited, 1e-9)
+        row |= self.sae.architecture.log()
+        for part in self.ingredients:
+            row |= part.log(ctx)
+        self.rows.append(row)
+
+    def _headline(self) -> dict[str, float]:
+        keep = ("loss", "explained_variance", "l0", "dead_share")
+        return {key: self.rows[-1][key] for key in keep} if self.rows else {}
+
+    def dead_share(self) -> float:
+        """Latents without firing in the last ``dead_after`` samples, or in all samples so far if fewer."""
+        window = min(self.p.dead_after, max(1, self.step) * self.p.batch_size)
+        return float((self.silent >= window).double().mean()) if self.step else 1.0
+
+    def saved(self, run: runs.Run) -> SparseAutoencoder:
+        """Save the SAE with the activation scale folded back, and return it as read from the file."""
+        manifest = self.source.manifest
+        sae = self.sae.folded(self.source.scale)
+        sae.metadata = {"model_name": self.p.model, "hook_name": self.p.hook, "context_size": self.p.context,
+                        "prepend_bos": True, "dataset_path": str(self.p.corpus), "run": self.p.run,
+                        "model_identity": manifest["model"]["identity"]}
+        sae.save(run.path / "sae")
+        return load_sae(run.path / "sae")
+
+    def report(self, sae: SparseAutoencoder, seconds: float) -> dict[str, Any]:
+        """What training knows, measured on the saved SAE: the content of training.json."""
+        x, manifest = self.source.heldout().x, self.source.manifest
+        shares = {name.removeprefix("share/"): [row[name] for row in self.rows if name in row]
+                  for name in {key for row in self.rows for key in row if key.startswith("share/")}}
+        last = self.rows[-1] if self.rows else {}
+        knows = measure.weights(sae, x) | measure.heldout(sae, x, self.source.scale)
+        knows["nonfinite"] = self.nonfinite or knows["nonfinite"]
+        return {"steps": self.step, "planned_steps": self.total_steps, "samples": self.step * self.p.batch_size,
+                **knows, "dead_share": self.dead_share(),
+                "explained_variance_untrained": self.untrained["explained_variance"],
+                "final_loss": {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")},
+                "terms": {name: terms.summary(values) for name, values in shares.items()},
+                "unfinished_schedules": self._unfinished(), "unused_parameters": unused_parameters(self.p),
+                "lr": self.lr, "kernel": self.sae.kernel.name, "threads": torch.get_num_threads(),
+                "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": self.p.hook, "model_identity": manifest["model"]["identity"],
+                "activations": {"name": self.source.name, "content_hash": self.source.content_hash},
+                "seconds": seconds, "data_wait_share": self.waited / max(self.waited + self.busy, 1e-9),
+                "ingredients": [part.describe() for part in self.ingredients],
+                "provenance": runs.provenance(stage="02_train_variant", seed=self.p.seed, device=self.device,
+                                              threads=torch.get_num_threads(),
+                                              activations=self.source.content_hash)}
+
+    def _unfinished(self) -> list[str]:
+        found = [f"{part.name}.{key}" for part in self.ingredients for key, schedule in part.schedules().items()
+                 if schedule.unfinished(self.step, self.total_steps)]
+        return found + (["warmup_steps"] if self.step < self.p.warmup_steps else [])
+
+
+def unused_parameters(p: Train) -> list[str]:
+    """Parameters of other architectures that were set here, to no effect."""
+    others = set().union(*(kind.uses for kind in architectures.REGISTRY.values()))
+    others -= architectures.get(p.architecture).uses
+    return sorted(name for name in others if getattr(p, name) != Train.model_fields[name].default)
+
+
+def remove_parallel_gradient(rows: Tensor) -> None:
+    """Take from the gradient of unit ``rows`` (F, D) its part along each row, which only changes its norm."""
+    along = (rows.grad * rows.detach()).sum(1, keepdim=True)
+    rows.grad.addcmul_(along, rows.detach(), value=-1)
