@@ -25,14 +25,16 @@ class ParameterError(ValueError):
 class Common(BaseModel):
     """Names that every stage reads."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
     mode: Literal["live", "batch"] = "live"
     """Who reads: a person in JupyterLab, or a batch that leaves pictures and files."""
     run: str = "scratch"
     """Folder under runs/."""
     device: str = "auto"
+    """cpu, cuda or auto."""
     seed: int = 42
+    """The one seed: weights, order of the data and ingredients each draw from a stream of it."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0 takes all. Bit-identity holds for equal threads."""
     overwrite: bool = False
@@ -56,11 +58,15 @@ class Extract(Common):
     hook_name: str | None = None
     """Another site, as blocks.{n}.hook_resid_pre; None takes the residual stream after `layer`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the language model and of the store; auto times both."""
     corpus: str | dict[str, float] = "news"
     """One source or weights per source: news, wikipedia, a file or folder, or a hub data set."""
     corpus_column: str = "text"
+    """Column of a data set, parquet or JSONL that holds the text."""
     corpus_split: str = "train"
+    """Split of a hub data set."""
     corpus_seed: int = 0
+    """Seed of the draw of documents and prompts; training seeds share one store."""
     tokens: int = Field(400_000, ge=1)
     """Text tokens for training, BOS not counted; the held-out split comes on top (a twentieth of it)."""
     context: int = Field(128, ge=4, le=8192)
@@ -70,7 +76,9 @@ class Extract(Common):
     max_norm_ratio: float = Field(10.0, gt=1)
     """Tokens whose norm exceeds this many medians are dropped."""
     store: Literal["disk", "stream"] = "disk"
+    """disk, or stream through a bounded buffer for what does not fit."""
     store_shard_tokens: int = Field(65_536, ge=256)
+    """Tokens of one shard: what an interruption can lose."""
     store_buffer_mb: int = Field(2048, ge=1)
     """Memory for shuffling, in MiB."""
 
@@ -91,34 +99,49 @@ class Train(Extract):
     """02_train_variant: an architecture and its ingredients, trained on a store (or a stream) of activations."""
 
     role: Literal["normal", "null"] = "normal"
+    """normal, or null: a baseline exempt from the validity gate and shown apart."""
     activations: str = "auto"
     """A store's folder; auto finds the one that 01 wrote for the same parameters."""
     architecture: str = "topk"
+    """topk or standard."""
     d_sae: int = Field(4096, ge=1)
+    """Latents, F."""
     k: int = Field(32, ge=1)
+    """Active latents per token (topk)."""
     l1: float = Field(0.04, ge=0)
+    """Weight of the L1 penalty (standard); with target_l0, where the controller starts."""
     l1_warmup: float = Field(0.1, ge=0, le=1)
+    """Share of training over which l1 rises from 0 (standard)."""
     target_l0: float | None = Field(None, gt=0)
+    """L0 to reach by moving l1 (standard)."""
     ingredients: list[dict[str, Any]] = []
+    """What makes a variant: a list of {name: ..., its own keys}."""
     set: str | list[str] = []
     """Changes inside ingredients: "progressive_orthogonality.weight=0.1"."""
     samples: int = Field(2_000_000, ge=0)
+    """Activations to train on, epochs counted again."""
     batch_size: int = Field(2048, ge=1)
+    """Activations per step, B."""
     order: Literal["shuffled", "sequence_blocks"] = "shuffled"
+    """Rows in random order, or blocks of text in order."""
     lr: float | None = Field(None, gt=0)
     """Learning rate; None takes 2e-4 / sqrt(d_sae / 16384) for topk, 3e-4 for standard."""
     warmup_steps: int = Field(100, ge=0)
+    """Steps over which the learning rate rises."""
     lr_decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps, at the end, over which the learning rate falls to 0."""
     grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
     aux_k: int | None = Field(None, ge=0)
     """Dead latents that the auxiliary loss may use; None takes half the model's width, 0 switches it off."""
     aux_weight: float = Field(1 / 32, ge=0)
+    """Weight of the auxiliary loss (Gao et al.: 1/32)."""
     aux_dead_after: int = Field(100_000, ge=1)
     """Samples without firing after which the auxiliary loss revives a latent."""
     dead_after: int = Field(1_000_000, ge=1)
     """Samples without firing after which the validity gate calls a latent dead."""
     log_points: int = Field(100, ge=2)
+    """Rows of the history, evenly spaced."""
     stop_after_steps: int | None = Field(None, ge=0)
     """Cut the run after so many steps, as an interruption would: the run is then invalid."""
 
@@ -140,18 +163,20 @@ class Evaluate(Common):
     """03_eval: SAEBench and our own measures of one SAE."""
 
     evals: list[Literal["core"]] = ["core"]
+    """SAEBench evaluations to run."""
     eval_preset: Literal["smoke", "default", "paper"] = "default"
+    """How much text: smoke, default, or paper (SAEBench's own amounts)."""
     model: str | None = None
     """The model that evaluates; None takes the one that the SAE was trained on."""
     layer: int | None = Field(None, ge=0)
-    sae: str | None = None
-    """Another run's SAE, by the run's name; None takes the run's own."""
+    """The layer that is evaluated; None takes the one that the SAE was trained on."""
 
 
 class Compare(Common):
     """05_compare: runs into one table and its figures."""
 
     study: str = "quickstart"
+    """Study under runs/ whose runs are compared."""
     runs: list[str] = []
     """Runs to compare; empty takes all of the study."""
     baseline: str | None = None

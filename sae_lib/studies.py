@@ -82,6 +82,20 @@ def expand(name: str) -> list[Member]:
     return members
 
 
+def check_ingredients(members) -> None:
+    """Check every run's architecture and ingredients too. Apart from ``expand`` because it must import torch."""
+    from sae_lib.sae import architectures
+    from sae_lib.training.ingredients import configured
+
+    for member in members:
+        try:
+            p = params.check("train", member.params, member.origin)
+            architectures.get(p.architecture)
+            configured(p)
+        except params.ParameterError as error:
+            raise params.ParameterError(f"params/variants/{member.variant}.yaml: {error}") from None
+
+
 def baseline(name: str) -> str:
     """The study's baseline variant."""
     study = load(name)

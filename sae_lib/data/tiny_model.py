@@ -63,28 +63,25 @@ def _zipf(draw: random.Random, count: int) -> int:
     return min(int((count + 1) ** draw.random()) - 1, count - 1)
 
 
-def write(folder: Path) -> None:
-    """Write the model and its tokenizer into an empty folder, in Hugging Face's format."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    tokenizer = _tokenizer()
-    config = Gemma2Config(
+def write(folder: Path, transformers) -> None:
+    """Write the model and its tokenizer into an empty folder, in Hugging Face's format, by its module."""
+    tokenizer = _tokenizer(transformers.PreTrainedTokenizerFast)
+    config = transformers.Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=D_MODEL, intermediate_size=4 * D_MODEL, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=CONTEXT,
         max_position_embeddings=CONTEXT, pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=True,
         attn_implementation="eager")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Gemma2ForCausalLM(config).float()
+        model = transformers.Gemma2ForCausalLM(config).float()
     _plant(model, tokenizer)
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer():
+def _tokenizer(fast_class):
     """Words with their leading space, one token each; like Gemma's it puts BOS first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     spaced = [*LETTERS.upper(), *PROMPT_WORDS, *words()]
     vocabulary = [*SPECIALS, ":", ".", ",", "\u010a", *("\u0120" + word for word in spaced)]
@@ -93,8 +90,8 @@ def _tokenizer():
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A <bos> $B",
                                                         special_tokens=[("<bos>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
-                                   unk_token="<unk>", model_max_length=CONTEXT)
+    return fast_class(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+                      unk_token="<unk>", model_max_length=CONTEXT)
 
 
 @torch.no_grad()
@@ -108,7 +105,7 @@ def _plant(model, tokenizer) -> None:
         first = token.removeprefix("\u0120")[:1].lower()
         if first in LETTERS and first:
             own[index] += 0.8 * letters[LETTERS.index(first)]
-    own[tokenizer.bos_token_id] *= 12  # an attention sink's norm, as in real models
+    own[tokenizer.bos_token_id] *= 20  # an attention sink's norm, as in real models
     weight.copy_(own)
     for layer in model.model.layers:  # a Gemma norm multiplies by 1 + weight
         layer.post_attention_layernorm.weight.fill_(-0.75)

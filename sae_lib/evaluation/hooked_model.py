@@ -49,7 +49,8 @@ def to_hooked(lm, n_layers: int | None = None):
                                           fold_value_biases=False)
     if not whole:
         model.ln_final, model.unembed = nn.Identity(), nn.Identity()
-    model.to(lm.device).eval().requires_grad_(False)
+    model.to(lm.device, print_details=False)
+    model.eval().requires_grad_(False)
     _set_tokenizer(model, lm)
     _check(model, lm, count if not whole else None)
     return model
@@ -153,5 +154,5 @@ def _check(model, lm, cut: int | None) -> None:
         theirs, ours = seen[0], model(tokens, stop_at_layer=cut)
     difference = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
     if not difference <= TOLERANCE.get(lm.dtype, 5e-2):
-        raise RunError(f"{lm.name}: the model converted for evaluation differs from the loaded one by {difference:.1e} "
-                       "(relative); a Gemma-2 must be loaded with attn_implementation='eager'")
+        raise RunError(f"{lm.name}: the model converted for evaluation computes something else than the loaded one "
+                       f"(relative difference {difference:.1e} over 16 tokens)")

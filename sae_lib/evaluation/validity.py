@@ -97,7 +97,6 @@ def _flags(t: dict[str, Any]) -> list[str]:
                          f"(median {term['median_share']:.2f} times) through {term['dominating_share']:.0%} of training")
     flags += [f"schedule unfinished: {name}" for name in t["unfinished_schedules"]]
     flags += [f"parameter without effect: {name}" for name in t["unused_parameters"]]
-    flags += [f"ingredient '{name}' never acted: it gave no term" for name in t.get("silent_ingredients", [])]
     return flags
 
 

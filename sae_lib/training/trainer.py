@@ -17,7 +17,7 @@ from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
 from sae_lib.training import measure, terms
-from sae_lib.training.ingredients import configured, load_sae
+from sae_lib.training.ingredients import Ingredient, configured, load_sae
 from sae_lib.training.schedules import learning_rate_factor
 
 
@@ -105,7 +105,7 @@ class Trainer:
                     self.one_step(batch, log=self.step % every == 0 or self.step == last - 1)
                     self.waited += ready - began
                     self.busy += time.perf_counter() - ready
-                    bar.update(p.batch_size, **self._headline())
+                    bar.advance(p.batch_size, self._headline())
         except KeyboardInterrupt:
             print(f"stopped by hand after {self.step} of {self.total_steps} steps")
 
@@ -155,9 +155,12 @@ class Trainer:
             row |= part.log(ctx)
         self.rows.append(row)
 
-    def _headline(self) -> dict[str, float]:
-        keep = ("loss", "explained_variance", "l0", "dead_share")
-        return {key: self.rows[-1][key] for key in keep} if self.rows else {}
+    def _headline(self) -> str:
+        if not self.rows:
+            return ""
+        last = self.rows[-1]
+        return (f"loss {last['loss']:.4g}, explained variance {last['explained_variance']:.3f}, "
+                f"L0 {last['l0']:.1f}, dead {last['dead_share']:.1%}")
 
     def dead_share(self) -> float:
         """Latents without firing in the last ``dead_after`` samples, or in all samples so far if fewer."""
@@ -177,8 +180,6 @@ class Trainer:
     def report(self, sae: SparseAutoencoder, seconds: float) -> dict[str, Any]:
         """What training knows, measured on the saved SAE: the content of training.json."""
         x, manifest = self.source.heldout().x, self.source.manifest
-        shares = {name.removeprefix("share/"): [row[name] for row in self.rows if name in row]
-                  for name in {key for row in self.rows for key in row if key.startswith("share/")}}
         last = self.rows[-1] if self.rows else {}
         knows = measure.weights(sae, x) | measure.heldout(sae, x, self.source.scale)
         knows["nonfinite"] = self.nonfinite or knows["nonfinite"]
@@ -186,7 +187,7 @@ class Trainer:
                 **knows, "dead_share": self.dead_share(),
                 "explained_variance_untrained": self.untrained["explained_variance"],
                 "final_loss": {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")},
-                "terms": {name: terms.summary(values) for name, values in shares.items()},
+                "terms": {name: terms.summary(values) for name, values in self._shares().items()},
                 "unfinished_schedules": self._unfinished(), "unused_parameters": unused_parameters(self.p),
                 "lr": self.lr, "kernel": self.sae.kernel.name, "threads": torch.get_num_threads(),
                 "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": self.p.hook, "model_identity": manifest["model"]["identity"],
@@ -196,6 +197,13 @@ class Trainer:
                 "provenance": runs.provenance(stage="02_train_variant", seed=self.p.seed, device=self.device,
                                               threads=torch.get_num_threads(),
                                               activations=self.source.content_hash)}
+
+    def _shares(self) -> dict[str, list[float]]:
+        """Each term's share at the log steps; an ingredient that gave no term at a step had share 0 there."""
+        found = {key for row in self.rows for key in row if key.startswith("share/")}
+        found |= {f"share/{part.name}" for part in self.ingredients if type(part).penalty is not Ingredient.penalty}
+        return {name.removeprefix("share/"): [row.get(name, 0.0) for row in self.rows] for name in sorted(found)
+                if self.rows}
 
     def _unfinished(self) -> list[str]:
         found = [f"{part.name}.{key}" for part in self.ingredients for key, schedule in part.schedules().items()

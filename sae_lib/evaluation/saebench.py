@@ -1,0 +1,284 @@
+"""SAEBench's ``core`` evaluation of one of our SAEs, on a loaded model and held-out text, without a hub.
+
+Its metrics are SAEBench's own code. Put in place for the length of one evaluation: the model that it loads by name,
+and the text that it loads by name. Put right: errors that it logs and swallows are raised, text that runs out is
+said instead of silently repeated, and explained variance is ours (its own gives a mean predictor 0.9 and more).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import random
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lib import metrics, runs
+from sae_lib.data.language_model import import_transformers, parse_hook
+from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.params import ParameterError, digest
+from sae_lib.runs import RunError
+
+SEED = 42
+"""Order of the held-out documents; SAEBench shuffles what it is given by the same number."""
+UNIT_NORM_TOLERANCE = 1e-4
+VARIANCE_ROWS = 32_768
+"""Tokens that explained variance is computed on, at most: it holds activations and reconstructions at once."""
+NOT_COMPARABLE = ("explained_variance", "mse")
+"""Scalars of SAEBench that stay in ``raw`` only: a wrong formula, and one that depends on the batch size."""
+
+
+class Batches(NamedTuple):
+    """How much of the text an evaluation reads."""
+
+    reconstruction: int
+    """Batches through the whole model: cross-entropy and KL."""
+    sparsity: int
+    """Batches up to the hook: L0, density, cosine."""
+    rows: int
+    """Blocks of ``context`` tokens in a batch."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in all."""
+        return (self.reconstruction + self.sparsity) * self.rows
+
+
+PRESETS = {"smoke": Batches(1, 1, 4), "default": Batches(4, 8, 8), "paper": Batches(200, 2000, 16)}
+
+
+def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 128,
+         output_folder: Path | None = None, threads: int = 0) -> dict[str, Any]:
+    """Run SAEBench core on ``sae`` (a SparseAutoencoder for raw activations) in the whole model ``lm`` at ``lm.hook``.
+
+    ``texts`` are held-out documents. Returns eval, metrics (flat; units in ``metrics.METRICS``), config, raw
+    (SAEBench's own JSON), provenance, seconds; written as ``output_folder/core.json`` if a folder is given. Where
+    the text is too short for the preset, fewer batches are read, and config.note says so. Raises ParameterError
+    for what cannot be evaluated, RunError with SAEBench's own words when it gives no result.
+    """
+    start = time.perf_counter()
+    _check(sae, lm, preset, context)
+    import_transformers()
+    blocks, asked = _blocks(lm, texts, PRESETS[preset], context), PRESETS[preset]
+    batches = fit(asked, len(blocks), context)
+    model = to_hooked(lm)
+    wrapped = _wrap(sae, lm, context)
+    setup = time.perf_counter() - start
+    with _settings(threads), tempfile.TemporaryDirectory() as folder:
+        result, raw = _multiple_evals(wrapped, model, blocks[:batches.blocks], batches, context, folder)
+
+    x, x_hat, positions = wrapped.seen.rows()
+    scalars = {name: value for group in result["metrics"].values() for name, value in group.items()}
+    values = {name: value for name, value in scalars.items() if name not in NOT_COMPARABLE}
+    values["explained_variance"] = metrics.explained_variance(x, x_hat)
+    note = None if batches == asked else (
+        f"the held-out text has {len(blocks)} blocks of {context} tokens, {asked.blocks} are wanted for '{preset}'")
+    config = {
+        "preset": preset, "model": lm.name, "model_identity": lm.identity, "hook": lm.hook, "d_in": sae.d_in,
+        "d_sae": sae.d_sae, "context": context, "dtype": _dtype(lm), "device": str(lm.device), "seed": SEED,
+        **batches._asdict(), "blocks": batches.blocks, "tokens": batches.blocks * context,
+        "tokens_evaluated": positions, "explained_variance_tokens": len(x),
+        "text_sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16], "note": note,
+        "special_tokens": "kept as they are, and left out of every mean"}
+    config["comparable"] = digest({key: value for key, value in config.items() if key != "d_sae"})
+    seconds = time.perf_counter() - start
+    report = {"eval": "core", "metrics": values, "config": config, "raw": raw, "provenance": runs.provenance(),
+              "seconds": round(seconds, 2), "seconds_setup": round(setup, 2)}
+    if output_folder is not None:
+        runs.write_json(Path(output_folder) / "core.json", report)
+    return report
+
+
+def fit(asked: Batches, available: int, context: int) -> Batches:
+    """The asked batches, or as many as ``available`` blocks give without reading one twice: a third through the model.
+
+    Raises ParameterError for fewer than two blocks.
+    """
+    if available >= asked.blocks:
+        return asked
+    rows = min(asked.rows, available // 2)
+    if rows < 1:
+        raise ParameterError(f"held-out text: {available} blocks of {context} tokens, at least 2 are needed; "
+                             "extract more tokens or shorten `context`")
+    total = available // rows
+    reconstruction = min(asked.reconstruction, max(1, total // 3))
+    return Batches(reconstruction, min(asked.sparsity, total - reconstruction), rows)
+
+
+def _check(sae, lm, preset: str, context: int) -> None:
+    if preset not in PRESETS:
+        raise ParameterError(f"eval_preset: '{preset}' is not known; known are {', '.join(PRESETS)}")
+    if not lm.whole:
+        raise ParameterError(f"model: {lm.name} is loaded up to {lm.hook} only; core needs load(..., whole=True)")
+    limit = lm.hf.config.max_position_embeddings
+    if not 2 <= context <= limit:
+        raise ParameterError(f"context: {context}, but {lm.name} reads 2 to {limit} tokens")
+    if sae.d_in != lm.d_model:
+        raise ParameterError(f"the SAE is for width {sae.d_in}, {lm.name} has {lm.d_model}: not the model it was "
+                             "trained on")
+    off = (sae.W_dec.detach().float().norm(dim=1) - 1).abs()
+    if not bool((off <= UNIT_NORM_TOLERANCE).all()):
+        raise ParameterError(f"{int((~(off <= UNIT_NORM_TOLERANCE)).sum())} of {len(off)} decoder rows are not of unit "
+                             f"norm (by up to {float(off.max()):.1e}); fold the norms into the code first")
+
+
+def _blocks(lm, texts: list[str], wanted: Batches, context: int) -> Tensor:
+    """Token blocks (N, context), each led by BOS, cut as SAEBench cuts text, but never one twice.
+
+    Documents are shuffled once by SEED, joined with BOS between them; no more than the preset wants are made.
+    """
+    from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+
+    order = random.Random(SEED).sample(range(len(texts)), len(texts))
+    encode = lm.tokenizer
+    ids = (torch.tensor(encode(texts[i], add_special_tokens=False, verbose=False)["input_ids"]) for i in order)
+    cut = concat_and_batch_sequences((t for t in ids if len(t)), context, begin_batch_token_id=lm.bos_id,
+                                     sequence_separator_token_id=lm.bos_id)
+    blocks = [block for _, block in zip(range(wanted.blocks), cut)]
+    return torch.stack(blocks) if blocks else torch.empty(0, context, dtype=torch.long)
+
+
+def _dtype(lm) -> str:
+    return str(lm.dtype).removeprefix("torch.")
+
+
+class Seen:
+    """Activations and reconstructions that an evaluation passes by, special tokens left out, up to VARIANCE_ROWS."""
+
+    def __init__(self):
+        self.tokens: Tensor | None = None
+        """(B, T) ids that the model is reading."""
+        self.special: Tensor | None = None
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.kept = self.positions = 0
+        self._x: Tensor | None = None
+
+    def encoded(self, x: Tensor) -> None:
+        """Remember the activations (B, T, D) until their reconstruction comes."""
+        self._x = x
+
+    def decoded(self, x_hat: Tensor) -> None:
+        """Keep the pair's rows of ordinary tokens."""
+        text = ~torch.isin(self.tokens, self.special)
+        room = max(0, VARIANCE_ROWS - self.kept)
+        self.inputs.append(self._x[text][:room].float().cpu())
+        self.outputs.append(x_hat[text][:room].float().cpu())
+        self.kept += len(self.inputs[-1])
+        self.positions += int(text.sum())
+
+    def rows(self) -> tuple[Tensor, Tensor, int]:
+        """Activations (N, D), reconstructions (N, D), and how many ordinary tokens were evaluated in all."""
+        return torch.cat(self.inputs), torch.cat(self.outputs), self.positions
+
+
+def _wrap(sae, lm, context: int):
+    """Our SAE as SAEBench's BaseSAE: latents by our own code in float32, weights in its layout for its statistics."""
+    from sae_bench.custom_saes.base_sae import BaseSAE
+
+    class Wrapped(BaseSAE):
+        def __init__(self):
+            layer, _ = parse_hook(lm.hook)
+            super().__init__(sae.d_in, sae.d_sae, lm.name, layer, lm.device, lm.dtype, lm.hook)
+            with torch.no_grad():
+                for name in ("b_enc", "W_dec", "b_dec"):
+                    getattr(self, name).copy_(getattr(sae, name))
+                self.W_enc.copy_(sae.W_enc.T)
+            self.cfg.architecture = sae.architecture.name
+            self.cfg.context_size = context
+            self.cfg.device = str(lm.device)
+            self.seen = Seen()
+            self.inner = [sae.to(lm.device)]  # in a list: SAEBench's casts must not reach it
+
+        def encode(self, x):
+            self.seen.encoded(x)
+            return self.inner[0].encode(x.float().flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+        def decode(self, feature_acts):
+            x_hat = self.inner[0].decode(feature_acts.flatten(0, -2)).unflatten(0, feature_acts.shape[:-1])
+            self.seen.decoded(x_hat)
+            return x_hat.to(self.dtype)
+
+        def forward(self, x):
+            return self.decode(self.encode(x))
+
+    return Wrapped()
+
+
+@contextlib.contextmanager
+def _settings(threads: int):
+    """Threads as asked, then everything that SAEBench may leave behind as it was."""
+    grad, before = torch.is_grad_enabled(), torch.get_num_threads()
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _in_place(module, **names):
+    """Rebind names of a module, and put them back whatever happens."""
+    before = {name: getattr(module, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: int, folder: str):
+    """SAEBench's own run on our model and blocks: its result and the JSON that it wrote."""
+    import datasets
+    from sae_bench.evals.core import main
+
+    class Model:
+        @staticmethod
+        def from_pretrained_no_processing(*_args, **_options):
+            return model
+
+    class Store:
+        @staticmethod
+        def from_sae(model, sae, context_size, **_options):
+            rows = datasets.Dataset.from_dict({"tokens": blocks.tolist()})
+            return store.from_sae(model, sae, dataset=rows, context_size=context_size)
+
+    store, said = main.ActivationsStore, io.StringIO()
+    listener = logging.StreamHandler(said)
+    tokenizer, dtype = model.tokenizer, str(wrapped.dtype).removeprefix("torch.")
+    wrapped.seen.special = torch.tensor(sorted({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}),
+                                        device=blocks.device).to(wrapped.device)
+    reading = model.embed.register_forward_pre_hook(lambda _, args: setattr(wrapped.seen, "tokens", args[0]))
+    main.logger.addHandler(listener)
+    try:
+        with (_in_place(main, HookedTransformer=Model, ActivationsStore=Store),
+              contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)):
+            results = main.multiple_evals(
+                [("workbook", wrapped)], batches.reconstruction, batches.sparsity, batches.rows,
+                compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True,
+                exclude_special_tokens_from_reconstruction=True, dataset="held-out text", context_size=context,
+                output_folder=folder, dtype=dtype, device=str(wrapped.device), force_rerun=True)
+    finally:
+        main.logger.removeHandler(listener)
+        reading.remove()
+    files = sorted(Path(folder).glob("*_eval_results.json"))
+    if not results or not files:
+        lines = [line for line in said.getvalue().splitlines() if line.strip()]
+        raise RunError("SAEBench core gave no result; it said: " + (" | ".join(lines[-5:]) or "nothing"))
+    raw = runs.read_json(files[0])
+    raw.pop("sae_bench_commit_hash", None)  # of the working directory, not of SAEBench
+    return results[0], raw
