@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sae_lib import runs
 from sae_lib.training.terms import DOMINATING, INERT
 
-DEAD_LIMIT, FOLD_LIMIT, NORM_RATIO = 0.9, 1e-4, (0.2, 2.0)
+DEAD_LIMIT, EMPTY_L0, FOLD_LIMIT, NORM_RATIO = 0.9, 0.1, 1e-4, (0.2, 2.0)
 
 
 class Verdict(NamedTuple):
@@ -44,8 +44,8 @@ def _training_faults(t: dict[str, Any]) -> list[str]:
         faults.append(f"fewer steps than planned: {t['steps']} of {t['planned_steps']}")
     if t["nonfinite"]:
         faults.append(f"not finite: {t['nonfinite']}")
-    if t["l0"] == 0:
-        faults.append("mean L0 is 0: no latent is active on held-out tokens")
+    if t["l0"] is not None and t["l0"] < EMPTY_L0:
+        faults.append(f"mean L0 is {t['l0']:.2g}: (almost) no latent is active on held-out tokens")
     if t["steps"] and t["dead_share"] > DEAD_LIMIT:
         faults.append(f"dead: {t['dead_share']:.1%} of latents did not fire in the counted training samples "
                       f"({t['unused_share']:.1%} fire on no held-out token)")
@@ -73,8 +73,8 @@ def _core_faults(t: dict[str, Any], core: dict[str, Any]) -> list[str]:
         faults.append("not finite: cross-entropy recovered")
     elif recovered <= 0:
         faults.append(f"cross-entropy recovered {recovered:.3f} is not above 0, what removing the activation scores")
-    if metrics.get("l0") == 0 and t["l0"] != 0:
-        faults.append("mean L0 is 0 in SAEBench core")
+    if metrics.get("l0") is not None and metrics["l0"] < EMPTY_L0 <= (t["l0"] or 0):
+        faults.append(f"mean L0 is {metrics['l0']:.2g} in SAEBench core")
     for key, what in (("model_identity", "model"), ("hook", "hook"), ("d_sae", "width")):
         if config.get(key) != t.get(key):
             faults.append(f"evaluated {what} '{config.get(key)}' is not the trained one '{t.get(key)}'")

@@ -1,0 +1,105 @@
+"""Blocks through the model: which rows are kept, and what is measured on the way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sae_lib.data.language_model import LanguageModel
+from sae_lib.data.store import Batch
+from sae_lib.params import ParameterError
+
+BINS = torch.logspace(-1, 3, 81, dtype=torch.float64)
+"""Edges of the norm histogram, in medians; what lies outside is counted in the first or last bin."""
+MEDIAN_BATCHES = 4
+
+
+class Measured(NamedTuple):
+    """Sums over the text tokens of some blocks; they add up over shards."""
+
+    rows: int
+    """Rows kept."""
+    bos_dropped: int
+    special_dropped: int
+    outliers_dropped: int
+    total: list[float]
+    """(D,) sum of the kept rows."""
+    squares: float
+    """Sum of the kept rows' squared norms."""
+    histogram: list[int]
+    """Norms of all text tokens, outliers included, in BINS."""
+
+
+def blocks_per_batch(model: LanguageModel, context: int) -> int:
+    """Blocks that the model reads at once: 4,096 tokens on a CPU, 32,768 on a GPU."""
+    return max((32_768 if model.device.type == "cuda" else 4096) // context, 1)
+
+
+def is_text(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+    """(N, T) bool: neither position 0 nor a special token."""
+    text = ~torch.isin(tokens, torch.tensor(sorted(model.special_ids), dtype=tokens.dtype))
+    text[:, 0] = False
+    return text
+
+
+def median_norm(model: LanguageModel, blocks: np.ndarray) -> float:
+    """Median norm of text tokens in the first batches of blocks (N, T): the measure for outliers.
+
+    Raises ParameterError when there is no text among them or norms are not finite.
+    """
+    size, norms = blocks_per_batch(model, blocks.shape[1]), []
+    for start in range(0, min(len(blocks), MEDIAN_BATCHES * size), size):
+        tokens = torch.from_numpy(blocks[start:start + size]).long()
+        norms.append(model.residual(tokens).float().norm(dim=-1).cpu()[is_text(model, tokens)])
+    every = torch.cat(norms)
+    if not len(every) or not math.isfinite(median := every.median().item()) or median <= 0:
+        raise ParameterError(f"corpus: no text tokens with a finite activation in the first {len(blocks):,} blocks at "
+                             f"{model.hook} of '{model.name}' in {model.dtype}; try dtype: float32 or another corpus")
+    return median
+
+
+def capture(model: LanguageModel, blocks: np.ndarray, documents: np.ndarray, first_block: int, median: float,
+            max_norm_ratio: float) -> tuple[Batch, Measured]:
+    """Rows of a few blocks (N, T) that are kept, x in the model's dtype, and their sums."""
+    tokens = torch.from_numpy(blocks).long()
+    residual = model.residual(tokens).cpu()
+    text = is_text(model, tokens)
+    norm = residual.float().norm(dim=-1)
+    keep = text & (norm <= max_norm_ratio * median)  # a norm that is not a number is dropped, too
+    block, position = keep.nonzero(as_tuple=True)
+    x = residual[keep]
+    batch = Batch(x, tokens[keep].int(), torch.from_numpy(documents)[keep].int(), (block + first_block).int(),
+                  position.int())
+    wide = x.double()
+    bins = torch.bucketize((norm[text] / median).double(), BINS[1:-1], right=True)
+    counts = torch.bincount(bins, minlength=len(BINS) - 1)
+    bos, rows, of_text = len(tokens), len(x), int(text.sum())
+    return batch, Measured(rows, bos, tokens.numel() - bos - of_text, of_text - rows, wide.sum(0).tolist(),
+                           wide.square().sum().item(), counts.tolist())
+
+
+def add(parts: list[Measured]) -> Measured:
+    """Sums of several parts, in their order."""
+    columns = list(zip(*parts))
+    counts = [sum(column) for column in columns[:4]]
+    return Measured(*counts, np.sum(columns[4], axis=0).tolist(), float(sum(columns[5])),
+                    np.sum(columns[6], axis=0).tolist())
+
+
+def statistics(measured: Measured, median: float, max_norm_ratio: float) -> dict[str, Any]:
+    """What a manifest says of the training rows: mean, scale, norms, counts.
+
+    ``scale`` makes the mean squared norm equal d_in. Raises ParameterError when no row was kept.
+    """
+    if not measured.rows:
+        raise ParameterError("max_norm_ratio: every text token was dropped; raise it, or choose another corpus")
+    d_in, rows = len(measured.total), measured.rows
+    return {"mean": [value / rows for value in measured.total], "scale": math.sqrt(d_in * rows / measured.squares),
+            "rms_norm": math.sqrt(measured.squares / rows), "median_norm": median,
+            "norm_histogram": {"edges": (BINS * median).tolist(), "counts": measured.histogram, "median": median,
+                               "limit": max_norm_ratio * median},
+            "counts": {"rows": rows, "bos_dropped": measured.bos_dropped, "special_dropped": measured.special_dropped,
+                       "outliers_dropped": measured.outliers_dropped}}
