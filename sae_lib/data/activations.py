@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -25,7 +24,6 @@ from sae_lib.params import Extract, ParameterError, Train
 from sae_lib.progress import progress
 
 __all__ = ["Batch", "Store", "extract", "find", "open_store", "source"]
-EXAMPLES = 6
 
 
 def folder(p: Extract) -> Path:
@@ -167,17 +165,10 @@ def _prepare(p: Extract, model: LanguageModel, partial: Path) -> dict[str, Any]:
     state = {"format": FORMAT, "inputs": _inputs(p), "identity": model.identity,
              "dtype": str(model.dtype).removeprefix("torch."), "corpus": text.counts,
              "median_norm": capture.median_norm(model, text.train.tokens),
-             "examples": _examples(model, text.train),
+             "examples": corpus.examples(text.train, model.tokenizer),
              "blocks_sha256": runs.sha256(partial / "blocks.safetensors")}
     runs.write_json(partial / "state.json", state)
     return runs.read_json(partial / "state.json")
-
-
-def _examples(model: LanguageModel, blocks: corpus.Blocks) -> list[dict[str, Any]]:
-    """A few blocks spread over the training split, decoded."""
-    chosen = np.linspace(0, len(blocks.tokens) - 1, min(EXAMPLES, len(blocks.tokens))).astype(int).tolist()
-    return [{"block": i, "sources": sorted({blocks.sources[d] for d in set(blocks.document[i, 1:].tolist())}),
-             "text": model.tokenizer.decode(blocks.tokens[i, 1:].tolist())} for i in chosen]
 
 
 def _finished(file: Path) -> dict[str, Any] | None:

@@ -74,12 +74,9 @@ def build(p: Extract, tokenizer, bos_id: int) -> Corpus:
 
     Raises ParameterError naming ``corpus`` and ``tokens`` when there is too little text.
     """
-    train = _pack(stream(p, tokenizer, "train", p.tokens), p.context, bos_id)
-    heldout = _pack(stream(p, tokenizer, "heldout", heldout_budget(p)), p.context, bos_id, keep_texts=True)
-    if not len(heldout.tokens):
-        raise ParameterError(f"corpus: the held-out documents (one in {HELDOUT_SHARE}) of {_names(p)} do not fill one "
-                             f"block of {p.context} tokens; give more, or shorter, documents")
-    return Corpus(train, heldout, {"train": _counts(train), "heldout": _counts(heldout)})
+    train = pack_all(stream(p, tokenizer, "train", p.tokens), p, bos_id, "train")
+    heldout = pack_all(stream(p, tokenizer, "heldout", heldout_budget(p)), p, bos_id, "heldout")
+    return Corpus(train, heldout, {"train": counts(train), "heldout": counts(heldout)})
 
 
 def stream(p: Extract, tokenizer, split: str, tokens: int) -> Iterator[Document]:
@@ -141,26 +138,30 @@ def pack(documents: Iterator[Document], context: int, bos_id: int) -> Iterator[t
             del ids[:room], numbers[:room]
 
 
-def _pack(documents: Iterator[Document], context: int, bos_id: int, keep_texts: bool = False) -> Blocks:
+def pack_all(documents: Iterator[Document], p: Extract, bos_id: int, split: str) -> Blocks:
+    """All blocks of a split. Raises ParameterError naming ``corpus`` when they do not fill one."""
     seen, texts = [], []
 
     def noted() -> Iterator[Document]:
         for document in documents:
             seen.append(document.source)
-            if keep_texts:
+            if split == "heldout":
                 texts.append(document.text)
             yield document
 
-    packed = list(pack(noted(), context, bos_id))
+    packed = list(pack(noted(), p.context, bos_id))
     if not packed:
-        return Blocks(np.zeros((0, context), np.int32), np.zeros((0, context), np.int32), seen, texts)
+        which = f"held-out documents (one in {HELDOUT_SHARE})" if split == "heldout" else "documents"
+        raise ParameterError(f"corpus: the {which} of {', '.join(repr(name) for name in shares(p))} do not fill one "
+                             f"block of {p.context} tokens; give more, or shorter, documents, or a smaller context")
     tokens, numbers = (np.stack(column) for column in zip(*packed))
     return Blocks(tokens, numbers, seen, texts)
 
 
-def _counts(blocks: Blocks) -> dict[str, Any]:
+def counts(blocks: Blocks) -> dict[str, Any]:
+    """Blocks, text tokens, and documents and tokens per source."""
     text = blocks.document[:, 1:].ravel()
-    sizes = np.bincount(text, minlength=len(blocks.sources)) if len(text) else np.zeros(0, int)
+    sizes = np.bincount(text, minlength=len(blocks.sources))
     tokens: Counter[str] = Counter()
     for source, size in zip(blocks.sources, sizes.tolist()):
         tokens[source] += size
@@ -168,5 +169,8 @@ def _counts(blocks: Blocks) -> dict[str, Any]:
             "tokens": dict(tokens)}
 
 
-def _names(p: Extract) -> str:
-    return f"'{p.corpus}'" if isinstance(p.corpus, str) else ", ".join(f"'{name}'" for name in p.corpus)
+def examples(blocks: Blocks, tokenizer, number: int = 6) -> list[dict[str, Any]]:
+    """A few blocks spread over a split, decoded: number, sources and text."""
+    chosen = np.linspace(0, len(blocks.tokens) - 1, min(number, len(blocks.tokens))).astype(int).tolist()
+    return [{"block": i, "sources": sorted({blocks.sources[d] for d in set(blocks.document[i, 1:].tolist())}),
+             "text": tokenizer.decode(blocks.tokens[i, 1:].tolist())} for i in chosen]
