@@ -32,7 +32,8 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            "1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2; predicting the mean scores 0"),
     Metric("mse", "Squared error", -1, "squared activation per token, E|x|^2 = d_in", "this workbook, held-out rows",
            "mean over tokens of |s (x - x_hat)|^2, s the store's scale"),
-    Metric("l0", "L0", 0, "active latents per token", "this workbook, held-out rows", "mean over tokens of |{i: f_i > 0}|"),
+    Metric("l0", "L0", 0, "active latents per token", "this workbook, held-out rows",
+           "mean over tokens of |{i: f_i > 0}|"),
     Metric("dead_share", "Dead latents", -1, "share of latents", "the trainer's counters",
            "latents without firing in the last 1 M training samples (in all, if fewer)"),
     Metric("unused_share", "Unused latents", -1, "share of latents", "this workbook, held-out rows",
@@ -46,7 +47,8 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("kl_div_with_sae", "KL divergence", -1, "nats per token", "SAEBench core",
            "KL(model || model with the reconstruction in place)"),
     Metric("cossim", "Cosine similarity", 1, "cosine", "SAEBench core", "mean cos(x, x_hat)"),
-    Metric("frac_alive", "Alive latents", 1, "share of latents", "SAEBench core", "latents that fire on evaluated tokens"),
+    Metric("frac_alive", "Alive latents", 1, "share of latents", "SAEBench core",
+           "latents that fire on evaluated tokens"),
     Metric("l2_ratio", "L2 ratio", 0, "ratio", "SAEBench core", "mean |x_hat| / |x|"),
 )}
 

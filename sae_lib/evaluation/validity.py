@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sae_lib import runs
-from sae_lib.training.terms import DOMINATING, INERT
+from sae_lib.training.terms import INERT
 
 DEAD_LIMIT, EMPTY_L0, FOLD_LIMIT, NORM_RATIO = 0.9, 0.1, 1e-4, (0.2, 2.0)
 
@@ -94,7 +94,7 @@ def _flags(t: dict[str, Any]) -> list[str]:
                          f"(median {term['median_share']:.1e}) through {term['inert_share']:.0%} of training")
         if term["dominating_share"] > 0.5:
             flags.append(f"term '{name}' dominates: its gradient exceeds the reconstruction's "
-                         f"(median {term['median_share']:.2f} times) through {term['dominating_share']:.0%} of training")
+                         f"({term['median_share']:.2f} times, median) through {term['dominating_share']:.0%} of it")
     flags += [f"schedule unfinished: {name}" for name in t["unfinished_schedules"]]
     flags += [f"parameter without effect: {name}" for name in t["unused_parameters"]]
     return flags
