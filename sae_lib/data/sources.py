@@ -127,9 +127,9 @@ def _text_file(file: Path, _: Extract) -> Iterator[str]:
             if line.strip():
                 lines.append(line)
             elif lines:
-                yield "".join(lines)
+                yield "".join(lines).rstrip("\n")
                 lines = []
-    yield "".join(lines)
+    yield "".join(lines).rstrip("\n")
 
 
 def _jsonl_file(file: Path, p: Extract) -> Iterator[str]:

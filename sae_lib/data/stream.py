@@ -49,7 +49,8 @@ class Stream:
         self._held = held
         self.mean, self.scale = torch.tensor(described["mean"]), described["scale"]
         self.n_heldout = len(self._heldout.x)
-        self.n_train = round(p.tokens * measured.rows / (len(sample.tokens) * (p.context - 1)))
+        blocks = -(-p.tokens // (p.context - 1))
+        self.n_train = round(blocks * measured.rows / len(sample.tokens))
         self.content_hash = _hash(self._heldout, rows)
         self.manifest: dict[str, Any] = self._manifest(described, sample, kept)
 

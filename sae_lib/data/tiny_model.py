@@ -19,7 +19,7 @@ SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 WORDS_PER_LETTER = 64
 RARE_LETTERS, RARE_WORDS = "xqz", 32
 D_MODEL, LAYERS, CONTEXT = 64, 2, 1024
-VERSION = 1
+VERSION = 2
 """Raised with any change of what is made: the cached folder's name holds it."""
 
 
@@ -99,15 +99,19 @@ def _plant(model, tokenizer) -> None:
     """Give embeddings a word's own direction plus its first letter's, and keep the layers from drowning them."""
     draw = torch.Generator().manual_seed(1)
     weight = model.model.embed_tokens.weight
-    own = torch.nn.functional.normalize(torch.randn(weight.shape, generator=draw), dim=1)
+    # Dimension 0 is BOS's own: a norm far above the others', as attention sinks have, that no logit sees.
+    own = torch.randn(weight.shape, generator=draw)
     letters = torch.linalg.qr(torch.randn(D_MODEL, 26, generator=draw)).Q.T
+    own[:, 0], letters[:, 0] = 0, 0
+    own = torch.nn.functional.normalize(own, dim=1)
     for token, index in tokenizer.get_vocab().items():
         first = token.removeprefix("\u0120")[:1].lower()
         if first in LETTERS and first:
             own[index] += 0.8 * letters[LETTERS.index(first)]
-    own[tokenizer.bos_token_id] *= 20  # an attention sink's norm, as in real models
+    own[tokenizer.bos_token_id] = 20 * torch.eye(D_MODEL)[0]
     weight.copy_(own)
     for layer in model.model.layers:  # a Gemma norm multiplies by 1 + weight
         layer.post_attention_layernorm.weight.fill_(-0.75)
         layer.post_feedforward_layernorm.weight.fill_(-0.75)
     model.model.norm.weight.fill_(-0.4)
+    model.model.norm.weight[0] = -1

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sae_lib import metrics, runs
 from sae_lib.data.language_model import import_transformers, parse_hook
-from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.evaluation.hooked_model import Rerun, to_hooked
 from sae_lib.params import ParameterError, digest
 from sae_lib.runs import RunError
 
@@ -69,8 +69,8 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     import_transformers()
     blocks, asked = _blocks(lm, texts, PRESETS[preset], context), PRESETS[preset]
     batches = fit(asked, len(blocks), context)
-    model = to_hooked(lm)
-    wrapped = _wrap(sae, lm, context)
+    model = Rerun(to_hooked(lm), lm.hook)
+    wrapped = _wrap(sae, lm, model, context)
     setup = time.perf_counter() - start
     with _settings(threads), tempfile.TemporaryDirectory() as folder:
         result, raw = _multiple_evals(wrapped, model, blocks[:batches.blocks], batches, context, folder)
@@ -153,10 +153,12 @@ def _dtype(lm) -> str:
 class Seen:
     """Activations and reconstructions that an evaluation passes by, special tokens left out, up to VARIANCE_ROWS."""
 
-    def __init__(self):
-        self.tokens: Tensor | None = None
-        """(B, T) ids that the model is reading."""
-        self.special: Tensor | None = None
+    def __init__(self, model):
+        self.model = model
+        """Knows the tokens (B, T) that it is reading."""
+        tokenizer = model.tokenizer  # SAEBench leaves out the same three
+        special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
+        self.special = torch.tensor(sorted(special), device=model.W_E.device)
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.kept = self.positions = 0
@@ -168,7 +170,7 @@ class Seen:
 
     def decoded(self, x_hat: Tensor) -> None:
         """Keep the pair's rows of ordinary tokens."""
-        text = ~torch.isin(self.tokens, self.special)
+        text = ~torch.isin(self.model.tokens, self.special)
         room = max(0, VARIANCE_ROWS - self.kept)
         self.inputs.append(self._x[text][:room].float().cpu())
         self.outputs.append(x_hat[text][:room].float().cpu())
@@ -180,7 +182,7 @@ class Seen:
         return torch.cat(self.inputs), torch.cat(self.outputs), self.positions
 
 
-def _wrap(sae, lm, context: int):
+def _wrap(sae, lm, model, context: int):
     """Our SAE as SAEBench's BaseSAE: latents by our own code in float32, weights in its layout for its statistics."""
     from sae_bench.custom_saes.base_sae import BaseSAE
 
@@ -195,7 +197,7 @@ def _wrap(sae, lm, context: int):
             self.cfg.architecture = sae.architecture.name
             self.cfg.context_size = context
             self.cfg.device = str(lm.device)
-            self.seen = Seen()
+            self.seen = Seen(model)
             self.inner = [sae.to(lm.device)]  # in a list: SAEBench's casts must not reach it
 
         def encode(self, x):
@@ -259,10 +261,6 @@ def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: i
 
     store, said = main.ActivationsStore, io.StringIO()
     listener = logging.StreamHandler(said)
-    tokenizer, dtype = model.tokenizer, str(wrapped.dtype).removeprefix("torch.")
-    wrapped.seen.special = torch.tensor(sorted({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}),
-                                        device=blocks.device).to(wrapped.device)
-    reading = model.embed.register_forward_pre_hook(lambda _, args: setattr(wrapped.seen, "tokens", args[0]))
     main.logger.addHandler(listener)
     try:
         with (_in_place(main, HookedTransformer=Model, ActivationsStore=Store),
@@ -271,10 +269,9 @@ def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: i
                 [("workbook", wrapped)], batches.reconstruction, batches.sparsity, batches.rows,
                 compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True,
                 exclude_special_tokens_from_reconstruction=True, dataset="held-out text", context_size=context,
-                output_folder=folder, dtype=dtype, device=str(wrapped.device), force_rerun=True)
+                output_folder=folder, dtype=wrapped.cfg.dtype, device=str(wrapped.device), force_rerun=True)
     finally:
         main.logger.removeHandler(listener)
-        reading.remove()
     files = sorted(Path(folder).glob("*_eval_results.json"))
     if not results or not files:
         lines = [line for line in said.getvalue().splitlines() if line.strip()]

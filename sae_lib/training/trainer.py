@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_lib import runs
+from sae_lib.data.store import generator
 from sae_lib.params import Train
 from sae_lib.progress import Progress
 from sae_lib.sae import architectures, kernels
@@ -30,16 +31,6 @@ class Result(NamedTuple):
     """One row per log step."""
     report: dict[str, Any]
     """What training.json holds."""
-
-
-def stream(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for each use of chance, from the one seed.
-
-    So an ingredient that draws numbers changes neither the initial weights nor the order of the data, and runs
-    of one seed stay paired.
-    """
-    number = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(number)
 
 
 def train(p: Train, source, run: runs.Run) -> Result:
@@ -69,6 +60,8 @@ class Trainer:
         if p.threads:
             torch.set_num_threads(p.threads)
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if p.device == "auto" else p.device
+        # Each use of chance has a stream of its own from the one seed: an ingredient that draws numbers changes
+        # neither the initial weights nor the order of the data, and runs of one seed stay paired.
         parts = configured(p)
         architecture = architectures.get(p.architecture)
         self.total_steps = p.samples // p.batch_size
@@ -76,8 +69,8 @@ class Trainer:
         sample = next(iter(source.batches(first, first, order="shuffled", seed=p.seed))).x * source.scale
         self.sae = SparseAutoencoder.initialise(p.d_sae, measure.geometric_median(sample),
                                                 architecture.from_params(p, source.d_in),
-                                                stream(p.seed, "weights")).to(self.device)
-        self.ingredients = [kind(config, source.d_in, p.d_sae, stream(p.seed, kind.name)) for kind, config in parts]
+                                                generator(p.seed, "weights")).to(self.device)
+        self.ingredients = [kind(config, source.d_in, p.d_sae, generator(p.seed, kind.name)) for kind, config in parts]
         self.sae.hooks = [part for part in self.ingredients if part.changes_forward]
         dense = any(part.needs & {"pre_acts", "dense"} for part in self.ingredients)
         self.sae.kernel = kernels.pick(self.device, sparse=architecture.sparse and not dense)
@@ -149,7 +142,7 @@ class Trainer:
         variance = (ctx.x - ctx.x.mean(0)).square().sum(1).mean()
         row["explained_variance"] = 1 - row["loss/reconstruction"] / float(variance)
         row |= {"l0": ctx.codes.l0(), "dead_share": self.dead_share(), "lr": lr, "grad_norm": norm}
-        row["samples_per_second"] = (self.step + 1) * len(ctx.x) / max(self.busy + self.waited, 1e-9)
+        row["samples_per_second"] = self.step * len(ctx.x) / (self.busy + self.waited) if self.step else math.nan
         row |= self.sae.architecture.log()
         for part in self.ingredients:
             row |= part.log(ctx)

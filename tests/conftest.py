@@ -1,0 +1,52 @@
+"""Shared fixtures: a home and a cache of the tests' own, and one small store of the model ``tiny``."""
+
+import os
+
+import pytest
+import torch
+
+from sae_lib import params
+
+TINY = {"model": "tiny", "layer": 1, "dtype": "float32", "corpus": "tiny", "tokens": 6000, "context": 32,
+        "store_shard_tokens": 1024, "mode": "batch", "device": "cpu"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workbook_home(tmp_path_factory):
+    """Runs, activations and downloads go to a folder of the session's; one thread, so that figures are repeatable."""
+    torch.set_num_threads(1)
+    before = {name: os.environ.get(name) for name in ("SAE_WORKBOOK_HOME", "SAE_WORKBOOK_CACHE")}
+    home = tmp_path_factory.mktemp("home")
+    os.environ.update(SAE_WORKBOOK_HOME=str(home), SAE_WORKBOOK_CACHE=str(home / "cache"))
+    yield home
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A home of the test's own, for what damages or interrupts; the cache is shared."""
+    monkeypatch.setenv("SAE_WORKBOOK_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Make checked extraction parameters of the tiny model, with changes."""
+    return lambda **changes: params.check("extract", TINY | changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(workbook_home):
+    """The tiny model, whole, read after its first block."""
+    from sae_lib.data import language_model
+
+    return language_model.load("tiny", hook="blocks.0.hook_resid_post", dtype="float32", device="cpu", whole=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny):
+    """About 6,000 rows of the tiny model in six shards, and some held out."""
+    from sae_lib.data import activations
+
+    return activations.extract(tiny())
