@@ -12,8 +12,9 @@ from sae_lib.data.language_model import LanguageModel
 from sae_lib.data.store import Batch
 from sae_lib.params import ParameterError
 
-BINS = torch.logspace(-1, 3, 81, dtype=torch.float64)
-"""Edges of the norm histogram, in medians; what lies outside is counted in the first or last bin."""
+BINS = torch.logspace(-2, 3, 201, dtype=torch.float64)
+"""Edges of the norm histogram, in medians, evenly spaced on a log axis; what lies outside is counted in the first or
+last bin."""
 MEDIAN_BATCHES = 4
 
 
@@ -65,13 +66,13 @@ def capture(model: LanguageModel, blocks: np.ndarray, documents: np.ndarray, fir
             max_norm_ratio: float) -> tuple[Batch, Measured]:
     """Rows of a few blocks (N, T) that are kept, x in the model's dtype, and their sums."""
     tokens = torch.from_numpy(blocks).long()
-    residual = model.residual(tokens).cpu()
+    residual = model.residual(tokens)
     text = is_text(model, tokens)
-    norm = residual.float().norm(dim=-1)
+    norm = residual.float().norm(dim=-1).cpu()
     keep = text & (norm <= max_norm_ratio * median)  # a norm that is not a number is dropped, too
     block, position = keep.nonzero(as_tuple=True)
-    x = residual[keep]
-    batch = Batch(x, tokens[keep].int(), torch.from_numpy(documents)[keep].int(), (block + first_block).int(),
+    x = residual[keep.to(residual.device)]  # summed where it is: a GPU is quicker at it
+    batch = Batch(x.cpu(), tokens[keep].int(), torch.from_numpy(documents)[keep].int(), (block + first_block).int(),
                   position.int())
     wide = x.double()
     bins = torch.bucketize((norm[text] / median).double(), BINS[1:-1], right=True)
@@ -99,7 +100,15 @@ def statistics(measured: Measured, median: float, max_norm_ratio: float) -> dict
     d_in, rows = len(measured.total), measured.rows
     return {"mean": [value / rows for value in measured.total], "scale": math.sqrt(d_in * rows / measured.squares),
             "rms_norm": math.sqrt(measured.squares / rows), "median_norm": median,
-            "norm_histogram": {"edges": (BINS * median).tolist(), "counts": measured.histogram, "median": median,
-                               "limit": max_norm_ratio * median},
+            "norm_histogram": _trimmed(measured.histogram, median, max_norm_ratio),
             "counts": {"rows": rows, "bos_dropped": measured.bos_dropped, "special_dropped": measured.special_dropped,
                        "outliers_dropped": measured.outliers_dropped}}
+
+
+def _trimmed(counts: list[int], median: float, max_norm_ratio: float) -> dict[str, Any]:
+    """The histogram without its empty ends, the limit still in sight; edges are for a log axis."""
+    used = np.flatnonzero(counts)
+    first, last = used[0], max(used[-1], int(np.searchsorted(BINS.numpy(), max_norm_ratio)))
+    first, last = max(int(first) - 2, 0), min(int(last) + 2, len(counts))
+    return {"edges": (BINS[first:last + 1] * median).tolist(), "counts": counts[first:last], "median": median,
+            "limit": max_norm_ratio * median}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sae_lib.data.language_model import import_transformers, parse_hook
+from sae_lib.data.language_model import import_transformers
 from sae_lib.params import ParameterError
 from sae_lib.runs import RunError
 
@@ -56,51 +56,6 @@ def to_hooked(lm, n_layers: int | None = None):
     return model
 
 
-class Rerun:
-    """A HookedTransformer as SAEBench's core calls it, that runs the blocks before the hook once per batch.
-
-    Core runs each batch as it is, with the SAE and with the activation removed. The residual stream at the hook is
-    the same in all three, and where the changed one is equal in every row (removed: all zero), one row is enough.
-    Values are those of the plain model; everything that is not spelt out here is the model's own.
-    """
-
-    def __init__(self, model, hook: str):
-        self._model, self._hook = model, hook
-        layer, site = parse_hook(hook)
-        self._start = layer + (site == "hook_resid_post")
-        self._residual: torch.Tensor | None = None
-        self.tokens: torch.Tensor | None = None
-        """(B, T) ids read last."""
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def __call__(self, tokens: torch.Tensor, return_type: str = "logits", loss_per_token: bool = False):
-        """The plain model; its residual stream at the hook is kept."""
-        self.tokens = tokens
-        return self._model.run_with_hooks(tokens, return_type=return_type, loss_per_token=loss_per_token,
-                                          fwd_hooks=[(self._hook, self._keep)])
-
-    def _keep(self, activation, hook):
-        self._residual = activation
-
-    def run_with_cache(self, tokens: torch.Tensor, **options):
-        """The model's own."""
-        self.tokens = tokens
-        return self._model.run_with_cache(tokens, **options)
-
-    def run_with_hooks(self, tokens: torch.Tensor, return_type: str, fwd_hooks: list, loss_per_token: bool):
-        """Logits and loss with the residual stream replaced; from the hook on, for the batch that was read last."""
-        (name, change), = fwd_hooks
-        if tokens is not self.tokens or name != self._hook or return_type != "both":
-            raise RunError(f"SAEBench core asked for {name}, {return_type} out of turn; evaluation knows its 0.6.0")
-        changed = change(self._residual, hook=None)
-        if bool((changed == changed[:1]).all()):
-            changed = changed[:1]
-        logits = self._model(changed, start_at_layer=self._start, return_type="logits").expand(len(tokens), -1, -1)
-        return logits, self._model.loss_fn(logits, tokens, per_token=loss_per_token)
-
-
 def _shared_config(lm, count: int, architecture: str) -> dict[str, Any]:
     """What both architectures have; ParameterError for what TransformerLens' conversion would leave out."""
     hf = lm.hf.config
@@ -113,9 +68,9 @@ def _shared_config(lm, count: int, architecture: str) -> dict[str, Any]:
     heads, head = hf.num_attention_heads, getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     fields = {
         "n_layers": count, "d_model": hf.hidden_size, "d_head": head, "n_heads": heads, "d_mlp": hf.intermediate_size,
-        "n_ctx": hf.max_position_embeddings, "d_vocab": hf.vocab_size, "eps": hf.rms_norm_eps, "normalization_type": "RMS",
-        "positional_embedding_type": "rotary", "rotary_dim": head, "rotary_base": rope.get("rope_theta", 10000.0),
-        "final_rms": True, "gated_mlp": True, "original_architecture": architecture, "model_name": lm.name,
+        "n_ctx": hf.max_position_embeddings, "d_vocab": hf.vocab_size, "eps": hf.rms_norm_eps,
+        "normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": head,
+        "rotary_base": rope.get("rope_theta", 10000.0), "final_rms": True, "gated_mlp": True, "original_architecture": architecture, "model_name": lm.name,
     }
     if kind == "llama3":
         fields |= {"use_NTK_by_parts_rope": True, "NTK_by_parts_factor": rope["factor"],
@@ -152,7 +107,7 @@ def _parts(hf, layers, whole: bool) -> SimpleNamespace:
     if whole:
         return hf
     embed = hf.model.embed_tokens
-    norm = SimpleNamespace(weight=torch.ones(embed.weight.shape[1], dtype=embed.weight.dtype, device=embed.weight.device))
+    norm = SimpleNamespace(weight=torch.ones_like(embed.weight[0]))
     return SimpleNamespace(model=SimpleNamespace(embed_tokens=embed, layers=layers, norm=norm), lm_head=embed)
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from sae_lib import metrics, runs
 from sae_lib.data.language_model import import_transformers, parse_hook
-from sae_lib.evaluation.hooked_model import Rerun, to_hooked
+from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.evaluation.rerun import Rerun, file_of
 from sae_lib.params import ParameterError, digest
 from sae_lib.runs import RunError
 
@@ -68,19 +69,21 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     _check(sae, lm, preset, context)
     import_transformers()
     blocks, asked = _blocks(lm, texts, PRESETS[preset], context), PRESETS[preset]
-    batches = fit(asked, len(blocks), context)
-    model = Rerun(to_hooked(lm), lm.hook)
+    batches, available = fit(asked, len(blocks), context), len(blocks)
+    blocks = blocks[:batches.blocks]
+    model = Rerun(to_hooked(lm), lm.hook, file_of(lm, blocks))
     wrapped = _wrap(sae, lm, model, context)
     setup = time.perf_counter() - start
     with _settings(threads), tempfile.TemporaryDirectory() as folder:
-        result, raw = _multiple_evals(wrapped, model, blocks[:batches.blocks], batches, context, folder)
+        result, raw = _multiple_evals(wrapped, model, blocks, batches, context, folder)
+    model.save()
 
     x, x_hat, positions = wrapped.seen.rows()
     scalars = {name: value for group in result["metrics"].values() for name, value in group.items()}
     values = {name: value for name, value in scalars.items() if name not in NOT_COMPARABLE}
     values["explained_variance"] = metrics.explained_variance(x, x_hat)
     note = None if batches == asked else (
-        f"the held-out text has {len(blocks)} blocks of {context} tokens, {asked.blocks} are wanted for '{preset}'")
+        f"the held-out text has {available} blocks of {context} tokens, {asked.blocks} are wanted for '{preset}'")
     config = {
         "preset": preset, "model": lm.name, "model_identity": lm.identity, "hook": lm.hook, "d_in": sae.d_in,
         "d_sae": sae.d_sae, "context": context, "dtype": _dtype(lm), "device": str(lm.device), "seed": SEED,
@@ -88,10 +91,12 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
         "tokens_evaluated": positions, "explained_variance_tokens": len(x),
         "text_sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16], "note": note,
         "special_tokens": "kept as they are, and left out of every mean"}
-    config["comparable"] = digest({key: value for key, value in config.items() if key != "d_sae"})
+    provenance = runs.provenance()
+    config["comparable"] = digest([provenance["packages"]["sae-bench"],
+                                   {key: value for key, value in config.items() if key != "d_sae"}])
     seconds = time.perf_counter() - start
-    report = {"eval": "core", "metrics": values, "config": config, "raw": raw, "provenance": runs.provenance(),
-              "seconds": round(seconds, 2), "seconds_setup": round(setup, 2)}
+    report = {"eval": "core", "metrics": values, "config": config, "raw": raw, "provenance": provenance,
+              "seconds": round(seconds, 2), "seconds_setup": round(setup, 2), "model_reused": model.reused}
     if output_folder is not None:
         runs.write_json(Path(output_folder) / "core.json", report)
     return report

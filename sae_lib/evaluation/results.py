@@ -1,0 +1,156 @@
+"""Runs into one table: verdicts first, then figures, then what may be said of the differences.
+
+A run that is missing, failed or damaged is one row with its reason, never the end of the table. Figures of runs that
+are not valid are kept apart (``results`` masks them), so that no mean, ranking or plot can take them up.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from sae_lib import params, runs
+
+TRAINING = ("explained_variance", "mse", "l0", "dead_share", "unused_share", "mean_cos2", "norm_ratio")
+CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
+METRICS = TRAINING + CORE
+L0_TOLERANCE = 0.1
+
+
+def collect(names: list[str]) -> pd.DataFrame:
+    """One row per run of ``names``: identity, verdict, comparability key and every metric found."""
+    rows = [_row(name) for name in names]
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys(key for row in rows for key in row)))
+    return table.assign(**{name: pd.to_numeric(table.get(name), errors="coerce") for name in METRICS})
+
+
+def _row(name: str) -> dict[str, Any]:
+    row = {"run": name, "variant": variant_of(name), "status": "failed", "reasons": "", "flags": "", "role": "normal"}
+    try:
+        return row | _read(runs.Run(name))
+    except (runs.RunError, params.ParameterError, KeyError, TypeError, AttributeError, ValueError) as error:
+        text = str(error) if isinstance(error, (runs.RunError, params.ParameterError)) else f"damaged: {error!r}"
+        return row | {"reasons": text}
+
+
+def _read(run: runs.Run) -> dict[str, Any]:
+    if not run.path.is_dir():
+        raise runs.RunError(f"not there: {run.path.relative_to(runs.home())}")
+    verdict = run.json("validity.json", {"status": "failed", "reasons": ["no verdict: 02 did not end"], "flags": []})
+    values, t, core = run.params, run.json("training.json", {}), run.json("evals/core.json", {})
+    row = {"status": verdict["status"], "reasons": "; ".join(verdict["reasons"]), "flags": "; ".join(verdict["flags"])}
+    row |= {key: values.get(key) for key in ("role", "model", "seed", "architecture", "d_sae", "k")}
+    row |= {"hook": t.get("hook"), "samples": t.get("samples")}
+    row["activations"] = t.get("activations", {}).get("content_hash")
+    row |= {name: t.get(name) for name in TRAINING} | {name: core.get("metrics", {}).get(name) for name in CORE}
+    row |= {f"loss/{key}": value for key, value in t.get("final_loss", {}).items()}
+    row |= {f"share/{key}": value["median_share"] for key, value in t.get("terms", {}).items()}
+    row["evaluation"] = core.get("config", {}).get("comparable")
+    row["sae_bench"] = core.get("provenance", {}).get("packages", {}).get("sae-bench")
+    row["stale"] = t.get("provenance", {}).get("library") != runs.library_digest()
+    row["seconds"] = t.get("seconds")
+    return row
+
+
+def variant_of(name: str) -> str:
+    """The variant (with its model and swept values) of a run's name: the folder without its seed."""
+    return re.sub(r"-s\d+$", "", name.rpartition("/")[2])
+
+
+def results(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose figures are results: valid, and no null baselines."""
+    return table[(table.status == "valid") & (table.role != "null")]
+
+
+KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
+       "evaluation": "evaluation", "sae_bench": "sae-bench version"}
+
+
+def why_apart(row: pd.Series, baseline: pd.Series) -> str:
+    """Why a run's figures may not stand in one column with the baseline's; empty where they may."""
+    apart = [f"{label} ({row.get(key)} against {baseline.get(key)})" for key, label in KEY.items()
+             if not _same(row.get(key), baseline.get(key))]
+    l0, other = row.get("l0"), baseline.get("l0")
+    if pd.notna(l0) and pd.notna(other) and abs(l0 - other) > L0_TOLERANCE * other:
+        apart.append(f"L0 ({l0:.1f} against {other:.1f}, over 10 % apart)")
+    return "; ".join(apart)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (pd.isna(a) and pd.isna(b)) or a == b
+
+
+def compared(table: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
+    """The table with ``apart``: for each valid run, why it does not compare with the baseline's runs."""
+    valid = results(table)
+    own = valid[valid.variant == baseline_variant(table, baseline)]
+    if own.empty:
+        return table.assign(apart=["" if s == "valid" else s for s in table.status])
+    apart = [why_apart(row, own.iloc[0]) if row.status == "valid" else row.status for _, row in table.iterrows()]
+    return table.assign(apart=apart)
+
+
+def baseline_variant(table: pd.DataFrame, baseline: str | None) -> str:
+    """The baseline's variant as the table names it: given with or without the model in front; else the first."""
+    for variant in table.variant:
+        if baseline and (variant == baseline or variant.endswith(f"-{baseline}")):
+            return variant
+    return table.variant.iloc[0]
+
+
+def differences(table: pd.DataFrame, baseline: str | None, metrics=METRICS, level: float = 0.95) -> pd.DataFrame:
+    """Each variant beside the baseline, paired by seed: difference, interval, and what may be said.
+
+    d_s = variant - baseline at seed s. Variance of d is pooled over the variants that have at least two pairs
+    (sum of squares about each variant's mean over sum of (n - 1)); the t interval of a variant's mean with n pairs is
+    mean +- t(pooled degrees of freedom) * sqrt(pooled variance / n). Holm's correction is within a metric. Fewer than
+    three pairs: no claim. A difference is called one only if its interval excludes zero and Holm keeps it.
+    """
+    valid = results(compared(table, baseline))
+    own = baseline_variant(table, baseline)
+    base = valid[valid.variant == own].set_index("seed")
+    rows = []
+    for metric in metrics:
+        pairs = {}
+        for variant, group in valid[(valid.variant != own) & (valid.apart == "")].groupby("variant", sort=False):
+            both = group.set_index("seed")[metric].sub(base[metric]).dropna()
+            if len(both):
+                pairs[variant] = both.to_numpy(dtype=float)
+        rows += _intervals(metric, pairs, level)
+    return pd.DataFrame(rows, columns=["metric", "variant", "pairs", "difference", "low", "high", "p_holm", "claim"])
+
+
+def _intervals(metric: str, pairs: dict[str, np.ndarray], level: float) -> list[dict[str, Any]]:
+    several = [d for d in pairs.values() if len(d) >= 2]
+    freedom = sum(len(d) - 1 for d in several)
+    pooled = sum(((d - d.mean()) ** 2).sum() for d in several) / freedom if freedom else np.nan
+    rows = []
+    for variant, d in pairs.items():
+        row = {"metric": metric, "variant": variant, "pairs": len(d), "difference": d.mean(), "low": np.nan,
+               "high": np.nan, "p": np.nan}
+        if len(d) >= 3:
+            error = np.sqrt(pooled / len(d))
+            reach = stats.t.ppf((1 + level) / 2, freedom) * error
+            row |= {"low": d.mean() - reach, "high": d.mean() + reach}
+            row["p"] = 2 * stats.t.sf(abs(d.mean()) / error, freedom) if error else float(d.mean() == 0)
+        rows.append(row)
+    tested = [row for row in rows if np.isfinite(row["p"])]
+    running = 0.0
+    for rank, row in enumerate(sorted(tested, key=lambda r: r["p"])):
+        running = max(running, min(1.0, row["p"] * (len(tested) - rank)))
+        row["p_holm"] = running
+    for row in rows:
+        row["claim"] = _claim(row, level)
+    return rows
+
+
+def _claim(row: dict[str, Any], level: float) -> str:
+    if row["pairs"] < 3:
+        return f"no claim possible: {row['pairs']} paired seed{'s' * (row['pairs'] != 1)}, at least 3 are needed"
+    if row["low"] <= 0 <= row["high"] or row["p_holm"] > 1 - level:
+        return "no difference shown"
+    return "higher" if row["difference"] > 0 else "lower"

@@ -1,0 +1,190 @@
+"""Figures of several runs: pure functions from the results table (and histories) to plotly figures.
+
+Runs that are not valid stand greyed at the side with their reason; they enter no series.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sae_lib.metrics import METRICS
+from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress, style
+
+PANELS = ("explained_variance", "mse", "l0", "kl_div_with_sae")
+
+
+def labels(table: pd.DataFrame) -> dict[str, str]:
+    """Names for legends and axes: what all runs share (the study's folder, one model) is left out."""
+    names = [name.rpartition("/")[2] for name in table.run]
+    shared = names[0].split("-")[0] + "-" if names else ""
+    common = len(names) > 1 and all(name.startswith(shared) for name in names)
+    return {run: name.removeprefix(shared) if common else name for run, name in zip(table.run, names)}
+
+
+def note(table: pd.DataFrame, study: str) -> str:
+    """The caption: study, runs, versions, and what one seed allows."""
+    versions = ", ".join(sorted({str(v) for v in table.get("sae_bench", pd.Series(dtype=str)).dropna()}))
+    seeds = table[table.status == "valid"].groupby("variant").seed.nunique() if "seed" in table else pd.Series([0])
+    claim = "" if len(seeds) and seeds.min() >= 3 else "; fewer than three seeds: no claim possible"
+    bench = f"; sae-bench {versions}" if versions else ""
+    return f"Study {study}, {len(table)} runs, {(table.status == 'valid').sum()} valid{bench}{claim}"
+
+
+def final_losses(table: pd.DataFrame, caption: str = "") -> go.Figure:
+    """Every loss term at the last logged step, by run (log axis: terms differ by orders of magnitude)."""
+    names, valid = labels(table), table[table.status == "valid"]
+    fig = go.Figure()
+    for number, term in enumerate(name for name in table if name.startswith("loss/")):
+        fig.add_scatter(y=[names[run] for run in valid.run], x=valid[term], mode="markers",
+                        name=term.removeprefix("loss/"),
+                        marker={"size": 13, "color": COLOURS[number], "symbol": SYMBOLS[number]})
+    _mark_invalid(fig, table[table.status != "valid"], names)
+    fig.update_xaxes(title="Loss per token at the last logged step (log)", type="log", dtick=1)
+    _rows(fig, [names[run] for run in table.run])
+    fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+    return dress(fig, "Final losses by run", caption, width=1000, height=230 + 34 * len(table), top=110)
+
+
+def training_curves_by_run(histories: dict[str, pd.DataFrame], table: pd.DataFrame, caption: str = "") -> go.Figure:
+    """Reconstruction loss of every run over training on a log axis, and explained variance beside it.
+
+    One colour and dash per variant, seeds alike; runs that are not valid in grey.
+    """
+    fig = make_subplots(rows=1, cols=2, subplot_titles=("Reconstruction loss", "Explained variance (batch)"),
+                        horizontal_spacing=0.1)
+    names, variants, seen = labels(table), list(dict.fromkeys(table.variant)), set()
+    for _, row in table.iterrows():
+        history = histories.get(row.run)
+        if history is None or history.empty:
+            continue
+        valid = row.status == "valid"
+        line = style(variants.index(row.variant)) if valid else {"color": GREY, "width": 1.5, "dash": "dot"}
+        label = names[row.run].rpartition("-s")[0] or names[row.run]
+        label = label if valid else f"{names[row.run]} ({row.status})"
+        for column, col in (("loss/reconstruction", 1), ("explained_variance", 2)):
+            fig.add_scatter(x=history.samples, y=history[column], mode="lines", line=line, name=label,
+                            legendgroup=label, showlegend=col == 1 and label not in seen, row=1, col=col,
+                            hovertext=f"{row.run}: {row.reasons or row.status}")
+        seen.add(label)
+    fig.update_xaxes(title="Training samples")
+    fig.update_yaxes(title="Squared error per token (log)", type="log", row=1, col=1)
+    fig.update_yaxes(title="Share", row=1, col=2)
+    fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.1, "yanchor": "bottom"})
+    return dress(fig, "Training curves by run", caption, width=1080, height=560, top=140)
+
+
+def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
+    """Four panels: explained variance, squared error, L0 and KL divergence; one mark per run, a row per variant.
+
+    An axis never spans less than a twentieth of its values: differences in the fifth digit should look like it.
+    """
+    titles = [f"{METRICS[n].label} <span style='font-size:13px'>({METRICS[n].reading})</span>" for n in PANELS]
+    names, variants = labels(table), list(dict.fromkeys(table.variant))
+    rows = 2 * 44 * len(variants)
+    fig = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.06, shared_yaxes=True,
+                        vertical_spacing=110 / (rows + 110))
+    places = {variant: _variant_label(table[table.variant == variant], names) for variant in variants}
+    for number, name in enumerate(PANELS):
+        place = {"row": number // 2 + 1, "col": number % 2 + 1}
+        valid, bad = table[table.status == "valid"], table[table.status != "valid"]
+        low, high = _span(valid[name])
+        for order, variant in enumerate(variants):
+            own = valid[valid.variant == variant]
+            fig.add_scatter(y=[places[variant]] * len(own), x=own[name], mode="markers", hovertext=own.run,
+                            showlegend=False, **place, marker={"size": 13, "color": COLOURS[order % len(COLOURS)],
+                                                               "symbol": SYMBOLS[order % len(SYMBOLS)],
+                                                               "opacity": 0.8})
+        # What is not a result stays visible at the edge of the axis, without stretching it.
+        fig.add_scatter(y=[places[variant] for variant in bad.variant], x=bad[name].clip(low, high), mode="markers",
+                        hovertext=[f"{r.run}: {r.status}: {r.reasons}" for r in bad.itertuples()], showlegend=False,
+                        **place, marker={"size": 11, "symbol": "x-thin", "line": {"width": 2, "color": GREY}})
+        fig.update_xaxes(title=METRICS[name].unit.partition(",")[0], range=[low, high], nticks=6, **place)
+    _rows(fig, [places[variant] for variant in variants])
+    extra = f"; {(table.status != 'valid').sum()} not valid (grey crosses: no results)"
+    caption += extra if (table.status != "valid").any() else ""
+    return dress(fig, "Quality of compression by variant", caption, width=1080, height=rows + 110 + 226,
+                 top=110)
+
+
+def _variant_label(own: pd.DataFrame, names: dict[str, str]) -> str:
+    name = names[own.run.iloc[0]]
+    bad = (own.status != "valid").sum()
+    return (name.rpartition("-s")[0] or name) + (f"<br>{bad} of {len(own)} not valid" if bad else "")
+
+
+def _span(values: pd.Series) -> tuple[float, float]:
+    """Ends of an axis: the values with room around, and at least a twentieth of their size."""
+    values = values.dropna()
+    if values.empty:
+        return 0.0, 1.0
+    middle, half = (values.max() + values.min()) / 2, 0.6 * (values.max() - values.min())
+    half = max(half, 0.025 * abs(middle), 1e-9)
+    return middle - half, middle + half
+
+
+def _rows(fig: go.Figure, order: list[str]) -> None:
+    """Names on the left, the first at the top."""
+    fig.update_yaxes(categoryorder="array", categoryarray=order[::-1], automargin=True, range=[-0.6, len(order) - 0.4])
+
+
+def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
+    """The table as a picture: verdict, flags and the main figures; figures of runs not valid are dashes."""
+    columns = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2")
+    arrows = {1: " ↑", -1: " ↓", 0: ""}
+    names, valid = labels(table), table.status == "valid"
+    head = ["run", "verdict", *(METRICS[name].label + arrows[METRICS[name].direction] for name in columns)]
+    runs = [_wrapped(names[run].replace("_", "_ "), 22).replace("_ ", "_") for run in table.run]
+    why = [_wrapped(f"{status}: {reason}" if reason else status) + (f"<br><i>{_wrapped(flags)}</i>" if flags else "")
+           for status, reason, flags in zip(table["status"], table["reasons"], table["flags"])]
+    cells = [runs, why]
+    cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], valid)] for name in columns]
+    ink = [["#111111" if ok else "#777777" for ok in valid]] * len(head)
+    fig = go.Figure(go.Table(
+        columnwidth=[2.2, 2.9, *[1.35] * len(columns)],
+        header={"values": [f"<b>{text}</b>" for text in head], "align": "left", "fill_color": "#E9EEF2",
+                "font_size": 13},
+        cells={"values": cells, "align": "left", "fill_color": "white", "font": {"size": 13, "color": ink},
+               "height": 28, "line_color": "#CCCCCC"}))
+    heights = [30 + 19 * max(text.count("<br>"), name.count("<br>")) for name, text in zip(runs, why)]
+    return dress(fig, "Comparison (↑ higher is better, ↓ lower is better)", caption, width=1180,
+                 height=70 + 110 + sum(heights) + 130, top=70, side=30)
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for the page: verdicts, then every metric with its direction; no figures of runs not valid."""
+    shown = table[["run", "status", "reasons", "flags"]].rename(columns={"status": "verdict"})
+    arrows = {1: " (higher is better)", -1: " (lower is better)", 0: ""}
+    for name, metric in METRICS.items():
+        if name in table and table[name].notna().any():
+            shown[metric.label + arrows[metric.direction]] = table[name].where(table.status == "valid")
+    return shown.assign(library=["another" if stale is True else "" for stale in table.get("stale", [])])
+
+
+def all_figures(comparison) -> dict[str, go.Figure]:
+    """Every figure of a comparison by file name."""
+    table, text = comparison.table, note(comparison.table, comparison.study)
+    return {"comparison_table": comparison_table(table, text),
+            "training_curves_by_run": training_curves_by_run(comparison.histories, table, text),
+            "final_losses": final_losses(table, text), "compression_panels": compression_panels(table, text)}
+
+
+def _wrapped(text: str, width: int = 36) -> str:
+    lines, line = [], ""
+    for word in text.replace("<", "&lt;").split():
+        if line and len(line) + len(word) + 1 > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return "<br>".join([*lines, line])
+
+
+def _mark_invalid(fig: go.Figure, bad: pd.DataFrame, names: dict[str, str]) -> None:
+    """Say on the row of each run that is not valid what it is, and why, in grey."""
+    for row in bad.itertuples():
+        reason = row.reasons if len(row.reasons) <= 90 else row.reasons[:87] + "..."
+        fig.add_scatter(y=[names[row.run]], x=[None], showlegend=False)
+        fig.add_annotation(y=names[row.run], x=0.01, xref="paper", text=f"{row.status}: {reason}".replace("<", "&lt;"),
+                           showarrow=False, xanchor="left", font={"color": "#777777", "size": 12})

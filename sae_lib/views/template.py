@@ -1,0 +1,38 @@
+"""One look for every figure: colours that survive colour-blindness and print, units on axes, a caption below."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+import plotly.io as pio
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D00")
+"""Okabe and Ito's palette, strongest contrasts first, yellow darkened for white paper."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
+GREY = "#9A9A9A"
+"""What is not a result."""
+
+pio.templates["workbook"] = go.layout.Template(layout={
+    "colorway": COLOURS, "font": {"family": "DejaVu Sans, Arial, sans-serif", "size": 14, "color": "#111111"},
+    "paper_bgcolor": "white", "plot_bgcolor": "white", "title": {"x": 0.01, "xanchor": "left", "font": {"size": 18}},
+    "margin": {"l": 80, "r": 30, "t": 70, "b": 90}, "hoverlabel": {"font": {"size": 13}},
+    "xaxis": {"showline": True, "linecolor": "#444444", "gridcolor": "#E3E3E3", "zeroline": False, "ticks": "outside"},
+    "yaxis": {"showline": True, "linecolor": "#444444", "gridcolor": "#E3E3E3", "zeroline": False, "ticks": "outside"},
+})
+
+
+def dress(figure: go.Figure, title: str, caption: str = "", width: int = 960, height: int = 540,
+          top: int = 80, side: int = 80) -> go.Figure:
+    """Give a figure the workbook's look, its title, and a caption under the plot."""
+    bottom = 90 + (26 if caption else 0)
+    figure.update_layout(template="workbook", title=title, width=width, height=height, margin_b=bottom,
+                         margin_t=top, margin_l=side, title_y=1 - 28 / height, title_yanchor="middle")
+    if caption:
+        figure.add_annotation(text=caption, xref="paper", yref="paper", x=0, y=0, yshift=-(bottom - 14), xanchor="left",
+                              yanchor="bottom", showarrow=False, font={"size": 12, "color": "#555555"})
+    return figure
+
+
+def style(number: int) -> dict:
+    """Colour and dash of the n-th series: never told apart by colour alone."""
+    return {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)], "width": 2}
