@@ -42,6 +42,6 @@ def _core(p: params.Evaluate, run: runs.Run, asked: params.Train) -> dict[str, A
     site = asked.hook if p.layer is None else f"blocks.{p.layer}.hook_resid_post"
     model = language_model.load(p.model or asked.model, hook=site, dtype="float32", device=p.device, whole=True)
     sae = load_sae(run.path / "sae").to(model.device)
-    texts = activations.find(asked).heldout_texts()
+    texts = activations.heldout_texts(asked)
     return saebench.core(sae, model, texts, p.eval_preset, context=asked.context,
                          output_folder=run.path / "evals" / "saebench", threads=p.threads)
