@@ -43,5 +43,4 @@ def _core(p: params.Evaluate, run: runs.Run, asked: params.Train) -> dict[str, A
     model = language_model.load(p.model or asked.model, hook=site, dtype="float32", device=p.device, whole=True)
     sae = load_sae(run.path / "sae").to(model.device)
     texts = activations.heldout_texts(asked)
-    return saebench.core(sae, model, texts, p.eval_preset, context=asked.context,
-                         output_folder=run.path / "evals" / "saebench", threads=p.threads)
+    return saebench.core(sae, model, texts, p.eval_preset, context=asked.context, threads=p.threads)

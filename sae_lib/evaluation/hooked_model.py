@@ -70,7 +70,8 @@ def _shared_config(lm, count: int, architecture: str) -> dict[str, Any]:
         "n_layers": count, "d_model": hf.hidden_size, "d_head": head, "n_heads": heads, "d_mlp": hf.intermediate_size,
         "n_ctx": hf.max_position_embeddings, "d_vocab": hf.vocab_size, "eps": hf.rms_norm_eps,
         "normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": head,
-        "rotary_base": rope.get("rope_theta", 10000.0), "final_rms": True, "gated_mlp": True, "original_architecture": architecture, "model_name": lm.name,
+        "rotary_base": rope.get("rope_theta", 10000.0), "final_rms": True, "gated_mlp": True,
+        "original_architecture": architecture, "model_name": lm.name,
     }
     if kind == "llama3":
         fields |= {"use_NTK_by_parts_rope": True, "NTK_by_parts_factor": rope["factor"],

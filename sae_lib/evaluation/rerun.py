@@ -82,7 +82,7 @@ class Rerun:
         """The stream at the hook, as SAEBench reads it from a cache."""
         key = self._read_batch(tokens)
         if names_filter != [self._hook]:
-            raise RunError(f"SAEBench core asked for {names_filter}; evaluation knows its 0.6.0, which asks for one hook")
+            raise RunError(f"SAEBench core asked for {names_filter}, not {self._hook}; evaluation knows its 0.6.0")
         if (self._kept or {}).get("hook " + key) is None:
             _, cache = self._model.run_with_cache(tokens, names_filter=names_filter, **options)
             self._keep({"hook " + key: cache[self._hook]})

@@ -61,7 +61,7 @@ def _pictures(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
         kaleido.start_sync_server(silence_warnings=True)
         for name, fig in named.items():
             with runs.whole(folder / f"{name}.png") as temporary:
-                temporary.write_bytes(fig.to_image("png", scale=2))
+                temporary.write_bytes(kaleido.calc_fig_sync(fig, opts={"format": "png", "scale": 2}))
             written[name] = folder / f"{name}.png"
     except Exception as error:  # whatever a browser can do wrong must not cost the run its results
         print(f"PNG skipped: {path} did not draw ({type(error).__name__}: {error})", file=sys.stderr)
