@@ -58,6 +58,13 @@ def norm_histogram(manifest: dict[str, Any]) -> go.Figure:
     return dress(fig, f"Activation norms at {manifest['hook']}", f"Store {manifest['name']}")
 
 
+def of_training(run: str, result) -> dict[str, go.Figure]:
+    """The figures of 02's page by file name, for a trainer's result."""
+    text = caption(run, result.report)
+    return {"training_curves": training_curves(result.history, run, text),
+            "schedules": schedules(result.history, run, text)}
+
+
 def training_curves(history: pd.DataFrame, title: str = "", caption: str = "") -> go.Figure:
     """Six panels of one run: loss terms, gradient shares, explained variance, L0, dead share, learning rate."""
     titles = ("Loss terms", "Gradient, beside the reconstruction's", "Explained variance (batch)", "L0", "Dead latents",
