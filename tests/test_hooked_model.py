@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from sae_lib.data import language_model
+from sae_lib import params
+from sae_lib.data import activations, language_model
 from sae_lib.evaluation import hooked_model, rerun
 from sae_lib.params import ParameterError
 from sae_lib.runs import RunError
@@ -90,16 +91,35 @@ def test_the_sliding_window_is_felt(loaded, tokens):
     assert torch.equal(*after)
 
 
-def test_it_equals_what_01_stored(tiny_store):
-    lm = language_model.load("tiny", hook="blocks.1.hook_resid_post", dtype="float32", device="cpu", whole=True)
+@pytest.fixture
+def store_of(tmp_path_factory, tiny_store):
+    """A store that 01 wrote: of the alias tiny (a Gemma-2), or of a random Llama's folder and a text file."""
+    def make(kind):
+        if kind == "tiny":
+            return "tiny", tiny_store
+        folder = write_model(tmp_path_factory.mktemp("stored"), kind)
+        text = tmp_path_factory.mktemp("text") / "text.txt"
+        draw = torch.Generator().manual_seed(0)
+        words = torch.randint(60, (400, 30), generator=draw).tolist()
+        text.write_text("\n\n".join(" ".join(f"w{i}" for i in line) for line in words))
+        p = params.check("extract", {"model": folder, "layer": 1, "corpus": str(text), "tokens": 4000, "context": 32,
+                                     "dtype": "float32", "spelling_share": 0.0, "mode": "batch", "device": "cpu"})
+        return folder, activations.extract(p)
+    return make
+
+
+@pytest.mark.parametrize("kind", ["tiny", "llama", "gemma2"])
+def test_it_equals_what_01_stored(store_of, kind):
+    name, store = store_of(kind)
+    lm = language_model.load(name, hook="blocks.1.hook_resid_post", dtype="float32", device="cpu", whole=True)
     model = hooked_model.to_hooked(lm)
-    stored = tiny_store.heldout()
-    blocks = torch.as_tensor(tiny_store.heldout_blocks(20))
+    stored = store.heldout()
+    blocks = torch.as_tensor(store.heldout_blocks(20))
     residual = model(blocks, stop_at_layer=2)
     number = stored.block.long() - int(stored.block.min())
     rows = number < len(blocks)
     position = stored.position.long()[rows]
-    assert rows.sum() > 100
+    assert rows.sum() > 50
     assert torch.equal(blocks[number[rows], position], stored.token.long()[rows])
     assert relative(residual[number[rows], position], stored.x[rows]) < 1e-3
 
