@@ -36,8 +36,9 @@ def code(stage):
 
 
 def given(stage, values):
-    """The stage's parameters as JSON (which is YAML): names of other stages left out."""
-    names = params.STAGES[stage].model_fields
+    """The stage's parameters as JSON (which is YAML): names of other stages left out, and for a store, which many
+    runs share, the names of one run."""
+    names = set(params.STAGES[stage].model_fields) - ({"run", "seed"} if stage == "extract" else set())
     return json.dumps({key: value for key, value in values.items() if key in names}, sort_keys=True)
 
 
@@ -60,7 +61,7 @@ rule extract:
     input: notebook=ancient(notebook("extract"))
     output: HOME / "activations/{store}/manifest.json"
     log: notebook=str(HOME / "activations/{store}.01_extract.ipynb"), text=str(HOME / "activations/{store}.01_extract.log")
-    params: given=lambda w: given("extract", {**STORES[w.store].params, "run": STUDY}), code=code("extract")
+    params: given=lambda w: given("extract", STORES[w.store].params), code=code("extract")
     threads: workflow.cores
     shell: PAPERMILL
 

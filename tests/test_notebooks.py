@@ -121,6 +121,16 @@ def test_the_comparison_keeps_invalid_figures_out(workbook):
     assert "L0" in pages["", "05"]
 
 
+def test_a_person_is_shown_figures_to_move_and_files_are_written_all_the_same(workbook):
+    """mode: live displays plotly figures instead of pictures."""
+    home, _ = workbook
+    execute("05_compare", home, home, study="trial", mode="live")
+    outputs = [output for cell in nbformat.read(home / "05_compare.ipynb", as_version=4).cells
+               for output in cell.get("outputs", [])]
+    assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) == 4
+    assert not any("image/png" in output.get("data", {}) for output in outputs)
+
+
 def test_a_misspelt_parameter_stops_the_notebook_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_WORKBOOK_HOME", str(tmp_path))
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'kk'; did you mean 'k'"):

@@ -16,8 +16,9 @@ def fake_run(name, seed=1, status="valid", reasons=(), **measured):
     folder = runs.folder_of(name)
     runs.write_text(folder / "params.yaml",
                     f"role: normal\nmodel: tiny\nseed: {seed}\narchitecture: topk\nd_sae: 64\nk: 8\n")
-    training = {"explained_variance": 0.8, "mse": 10.0, "l0": 8.0, "mean_cos2": 0.01, "dead_share": 0.0,
-                "samples": 1000, "unused_share": 0.0, "norm_ratio": 0.97, "final_loss": {"reconstruction": 10.0}, "terms": {},
+    training = {"explained_variance": 0.8, "mse": 10.0, "l0": 8.0, "mean_cos2": 0.01,
+                "dead_share": 0.0, "samples": 1000, "unused_share": 0.0, "norm_ratio": 0.97,
+                "final_loss": {"reconstruction": 10.0}, "terms": {},
                 "hook": "blocks.1.hook_resid_post", "activations": {"content_hash": "abc"}, "seconds": 1.0,
                 "provenance": {"library": "other"}} | measured
     runs.write_json(folder / "training.json", training)
