@@ -97,7 +97,7 @@ rule compare:
     output: f"{HOME}/runs/{STUDY}/compare/table.csv"
     log: notebook=f"{HOME}/runs/{STUDY}/compare/05_compare.ipynb", text=f"{HOME}/runs/{STUDY}/compare/05_compare.log"
     params:
-        given=given("compare", {"mode": "batch", "study": STUDY, "run": STUDY, "runs": sorted(MEMBERS),
+        given=given("compare", {"mode": "batch", "study": STUDY, "run": STUDY, "runs": list(MEMBERS),
                                 "baseline": studies.baseline(STUDY)}),
         code=code("compare")
     threads: 1

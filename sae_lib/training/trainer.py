@@ -141,7 +141,7 @@ class Trainer:
         row |= {f"share/{name}": share for name, share in shares.items()}
         variance = (ctx.x - ctx.x.mean(0)).square().sum(1).mean()
         row["explained_variance"] = 1 - row["loss/reconstruction"] / float(variance)
-        row |= {"l0": ctx.codes.l0(), "dead_share": self.dead_share(), "lr": lr, "grad_norm": norm}
+        row |= {"l0": ctx.codes.l0(), "dead_share": self.dead_share(self.step + 1), "lr": lr, "grad_norm": norm}
         row["samples_per_second"] = self.step * len(ctx.x) / (self.busy + self.waited) if self.step else math.nan
         row |= self.sae.architecture.log()
         for part in self.ingredients:
@@ -155,10 +155,10 @@ class Trainer:
         return (f"loss {last['loss']:.4g}, explained variance {last['explained_variance']:.3f}, "
                 f"L0 {last['l0']:.1f}, dead {last['dead_share']:.1%}")
 
-    def dead_share(self) -> float:
-        """Latents without firing in the last ``dead_after`` samples, or in all samples so far if fewer."""
-        window = min(self.p.dead_after, max(1, self.step) * self.p.batch_size)
-        return float((self.silent >= window).double().mean()) if self.step else 1.0
+    def dead_share(self, steps: int) -> float:
+        """Latents without firing in the last ``dead_after`` samples, or in all of ``steps`` steps if fewer."""
+        window = min(self.p.dead_after, steps * self.p.batch_size)
+        return float((self.silent >= window).double().mean()) if steps else 1.0
 
     def saved(self, run: runs.Run) -> SparseAutoencoder:
         """Save the SAE with the activation scale folded back, and return it as read from the file."""
@@ -177,7 +177,7 @@ class Trainer:
         knows = measure.weights(sae, x) | measure.heldout(sae, x, self.source.scale)
         knows["nonfinite"] = self.nonfinite or knows["nonfinite"]
         return {"steps": self.step, "planned_steps": self.total_steps, "samples": self.step * self.p.batch_size,
-                **knows, "dead_share": self.dead_share(),
+                **knows, "dead_share": self.dead_share(self.step),
                 "explained_variance_untrained": self.untrained["explained_variance"],
                 "final_loss": {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")},
                 "terms": {name: terms.summary(values) for name, values in self._shares().items()},

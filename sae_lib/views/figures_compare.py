@@ -142,14 +142,14 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
     cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], valid)] for name in columns]
     ink = [["#111111" if ok else "#777777" for ok in valid]] * len(head)
     fig = go.Figure(go.Table(
-        columnwidth=[2.2, 2.9, *[1.35] * len(columns)],
+        columnwidth=[2.2, 2.7, *[1.4] * len(columns)],
         header={"values": [f"<b>{text}</b>" for text in head], "align": "left", "fill_color": "#E9EEF2",
                 "font_size": 13},
         cells={"values": cells, "align": "left", "fill_color": "white", "font": {"size": 13, "color": ink},
                "height": 28, "line_color": "#CCCCCC"}))
     heights = [30 + 19 * max(text.count("<br>"), name.count("<br>")) for name, text in zip(runs, why)]
     return dress(fig, "Comparison (↑ higher is better, ↓ lower is better)", caption, width=1180,
-                 height=70 + 110 + sum(heights) + 130, top=70, side=30)
+                 height=70 + 110 + sum(heights) + 100, top=70, side=30)
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
