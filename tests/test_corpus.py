@@ -179,4 +179,4 @@ def test_wikipedias_markup_goes():
 
 def test_a_relative_corpus_is_found_from_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert params.local_path("sae_lib/params.py").is_file() and params.local_path("news") is None
+    assert params.local_path("sae_lib/runs.py").is_file() and params.local_path("news") is None

@@ -10,7 +10,7 @@ import pytest
 from sae_lib import params, runs
 
 ROOMS = ["data", "sae", "training", "evaluation", "views"]
-ENTRANCE = {"params", "runs", "metrics", "studies", "progress"}
+
 MODULES = sorted((runs.project() / "sae_lib").rglob("*.py"))
 NOTEBOOKS = {"extract": "01_extract", "train": "02_train_variant", "eval": "03_eval", "compare": "05_compare"}
 

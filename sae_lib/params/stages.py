@@ -1,25 +1,10 @@
-"""Typed parameters of each stage, and the one check that every value passes before work starts.
-
-Names are flat so that ``papermill -p k 64`` reaches each. A stage ignores names of other stages and rejects
-names that no stage knows. This module imports neither torch nor transformers: planning must stay quick.
-"""
+"""The vocabulary: every parameter of every stage with its type, default and meaning."""
 
 from __future__ import annotations
 
-import ast
-import difflib
-import hashlib
-import json
-import re
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-
-class ParameterError(ValueError):
-    """A parameter that cannot be used; the message names file, key and what would be right."""
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Common(BaseModel):
@@ -185,113 +170,3 @@ class Compare(Common):
 
 STAGES: dict[str, type[Common]] = {"extract": Extract, "train": Train, "eval": Evaluate, "compare": Compare}
 VOCABULARY = {name for stage in STAGES.values() for name in stage.model_fields}
-
-
-def check(stage: str, values: dict[str, Any], origin: str | dict[str, str] = "parameters") -> Common:
-    """Check ``values`` and return the stage's typed parameters.
-
-    Names that only other stages read are left out. ``origin`` says where values came from: one text, or a file
-    per key. Raises ParameterError naming origin, key and the nearest known name.
-    """
-    kind = STAGES[stage]
-
-    def where(key: str) -> str:
-        return origin if isinstance(origin, str) else origin.get(key, "parameters")
-
-    for key in values:
-        if key not in VOCABULARY:
-            raise ParameterError(f"{where(key)}: unknown parameter '{key}'{nearest(key, VOCABULARY)}")
-    try:
-        return kind(**{key: value for key, value in values.items() if key in kind.model_fields})
-    except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            key = str(fault["loc"][0]) if fault["loc"] else "k" if "k =" in fault["msg"] else "parameters"
-            wrong = f" (got {fault['input']!r})" if fault["loc"] else ""
-            lines.append(f"{where(key)}: {key}: {fault['msg'].removeprefix('Value error, ')}{wrong}")
-        raise ParameterError("\n".join(dict.fromkeys(lines))) from None
-
-
-def nearest(key: str, known) -> str:
-    """The sentence that offers the nearest known name, or nothing."""
-    match = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
-
-
-def read(stage: str, namespace: dict[str, Any]) -> Common:
-    """Check a notebook's parameters cell: pass ``globals()``.
-
-    Also checks the names that papermill injected: it drops unknown ones into the notebook without a word.
-    """
-    injected = _injected_names(namespace.get("In", []))
-    values = {key: namespace[key] for key in STAGES[stage].model_fields if key in namespace}
-    values |= {key: namespace.get(key) for key in injected}
-    return check(stage, values, "notebook parameters")
-
-
-def _injected_names(cells: list[str]) -> list[str]:
-    """Names assigned by the cell that papermill injects (it starts with ``# Parameters``)."""
-    names = []
-    for cell in cells:
-        if cell.startswith("# Parameters\n"):
-            names += [node.targets[0].id for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
-    return names
-
-
-def load_yaml(path: Path | str) -> dict[str, Any]:
-    """Read a params file into a dict. Raises ParameterError for a file that is missing or not a mapping."""
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ParameterError(f"{path}: cannot be read ({error.strerror}); known here: {', '.join(known)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
-        raise ParameterError(f"{path}: a mapping of names to values is wanted, not a {type(values).__name__}")
-    return values or {}
-
-
-def digest(value: Any, length: int = 12) -> str:
-    """A short content hash of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
-
-
-EXTRACT_INPUTS = ("model", "dtype", "corpus", "corpus_column", "corpus_split", "corpus_seed", "tokens", "context",
-                  "spelling_share", "max_norm_ratio", "store_shard_tokens")
-
-
-def activations_name(p: Extract) -> str:
-    """The store's folder name: readable, and ending in the hash of the inputs as asked."""
-    asked = {name: getattr(p, name) for name in EXTRACT_INPUTS} | {"hook": p.hook}
-    asked |= {"contents": {name: _folder_digest(path) for name, path in _local_sources(p).items()}}
-    label = re.sub(r"[^A-Za-z0-9]+", "-", Path(p.model).name).strip("-").lower()
-    return f"{label}-{p.hook.removeprefix('blocks.').replace('.hook_', '-')}-{p.tokens}-{digest(asked)}"
-
-
-ALIASES = {"smollm2", "tiny", "news", "wikipedia"}
-
-
-def local_path(name: str) -> Path | None:
-    """The file or folder that a model or corpus names, relative to here or to the project; None for an alias or hub id.
-
-    JupyterLab runs a notebook in its own folder, papermill in the caller's: both must find the same file.
-    """
-    places = (Path(name).expanduser(), Path(__file__).resolve().parents[1] / name)
-    return None if name in ALIASES else next((place.resolve() for place in places if place.exists()), None)
-
-
-def _local_sources(p: Extract) -> dict[str, Path]:
-    names = [p.model, *([p.corpus] if isinstance(p.corpus, str) else p.corpus)]
-    return {name: path for name in names if (path := local_path(name))}
-
-
-def _folder_digest(path: Path) -> str:
-    """Hash of a local model's or corpus' bytes, so that changed content is another store."""
-    total = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()):
-        total.update(file.name.encode())
-        with file.open("rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()
