@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 
@@ -51,15 +50,14 @@ class Progress:
     def _print(self, note: str) -> None:
         left = (self.total - self.done) / max(self.rate, 1e-9)
         print(f"{self.label}: {self.done:,} of {self.total:,} {self.unit} ({self.done / max(self.total, 1):.0%}), "
-              f"{self.rate:,.0f} {self.unit}/s, {clock(left)} left{', ' + note if note else ''}",
-              file=sys.stderr, flush=True)
+              f"{self.rate:,.0f} {self.unit}/s, {clock(left)} left{', ' + note if note else ''}", flush=True)
 
     def __exit__(self, kind, *_) -> None:
         if self.bar is not None:
             self.bar.close()
         elif kind is None:
             print(f"{self.label}: {self.done:,} {self.unit} in {clock(self.seconds)} "
-                  f"({self.rate:,.0f} {self.unit}/s)", file=sys.stderr, flush=True)
+                  f"({self.rate:,.0f} {self.unit}/s)", flush=True)
 
 
 def progress(total: int, label: str, mode: str = "live", unit: str = "tokens", *, initial: int = 0,

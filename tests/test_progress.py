@@ -5,7 +5,7 @@ def test_a_batch_prints_lines_now_and_then(capsys):
     with progress(100, "training", mode="batch", unit="steps", every=0.0) as bar:
         bar.advance(40, "loss 0.5")
         bar.advance(60)
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("training: 40 of 100 steps (40%)") and lines[0].endswith("left, loss 0.5")
     assert len(lines) == 3 and "100 steps in" in lines[2]
 

@@ -29,9 +29,13 @@ def measures(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def evaluation(results: dict[str, Any]) -> pd.DataFrame:
-    """What the evaluations measured, one row per metric."""
+    """What the evaluations measured, one row per metric; all but explained variance by SAEBench's own code."""
     values = {name: result["metrics"].get(name) for result in results.values() for name in METRICS}
-    return _explained({name: value for name, value in values.items() if value is not None})
+    shown = _explained({name: value for name, value in values.items() if value is not None})
+    if len(shown):
+        ours = shown.metric == METRICS["explained_variance"].label
+        shown["source"] = shown.source.where(ours, "SAEBench core")
+    return shown
 
 
 def _explained(values: dict[str, float]) -> pd.DataFrame:

@@ -162,6 +162,12 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return shown.assign(library=["another" if stale is True else "" for stale in table.get("stale", [])])
 
 
+def claims(differences: pd.DataFrame) -> pd.DataFrame:
+    """The differences for the page: metrics by their labels and directions."""
+    labels = differences.metric.map(lambda name: f"{METRICS[name].label} ({METRICS[name].reading})")
+    return differences.assign(metric=labels)
+
+
 def all_figures(comparison) -> dict[str, go.Figure]:
     """Every figure of a comparison by file name."""
     table, text = comparison.table, note(comparison.table, comparison.study)

@@ -72,10 +72,13 @@ def _pictures(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
 
 
 def table(frame: pd.DataFrame) -> None:
-    """Display a table, its text escaped, figures to four digits."""
+    """Display a table, its text escaped, figures to four digits; an empty one says so."""
+    if frame.empty:
+        return display(Markdown("*none*"))
     text = frame.to_html(index=False, escape=True, na_rep="–", float_format=lambda v: f"{v:.4g}", border=0,
-                         justify="left")
-    display(HTML(f"<div style='overflow-x:auto'>{text}</div>"))
+                         justify="left", classes="workbook")
+    style = "<style>.workbook td, .workbook th {text-align: left !important; vertical-align: top}</style>"
+    return display(HTML(f"{style}<div style='overflow-x:auto'>{text}</div>"))
 
 
 def markdown(text: str) -> None:
