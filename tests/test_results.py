@@ -89,7 +89,7 @@ def test_one_variant_s_interval_is_the_paired_t_interval():
     difference = np.array(other) - np.array(base)
     low, high = stats.t.interval(0.95, 3, difference.mean(), stats.sem(difference))
     assert (row.low, row.high) == (pytest.approx(low), pytest.approx(high))
-    assert row.p_holm == pytest.approx(stats.ttest_rel(other, base).pvalue) and row.claim == "lower"
+    assert row.p_holm == pytest.approx(stats.ttest_rel(other, base).pvalue) and row.claim == "lower: better"
 
 
 def test_variance_is_pooled_over_variants_and_holm_is_within_a_metric():
@@ -103,7 +103,7 @@ def test_variance_is_pooled_over_variants_and_holm_is_within_a_metric():
     raw = {v: 2 * stats.t.sf(d.mean() / np.sqrt(pooled / 3), 4) for v, d in (("a", a), ("b", b))}
     assert rows.loc["b", "p_holm"] == pytest.approx(2 * raw["b"])
     assert rows.loc["a", "p_holm"] == pytest.approx(max(raw["a"], 2 * raw["b"]))
-    assert rows.loc["b", "claim"] == "higher" and rows.loc["a", "claim"] == "no difference shown"
+    assert rows.loc["b", "claim"] == "higher: worse" and rows.loc["a", "claim"] == "no difference shown"
 
 
 def test_intervals_cover_at_their_level():

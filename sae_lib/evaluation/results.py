@@ -14,10 +14,11 @@ import pandas as pd
 from scipy import stats
 
 from sae_lib import params, runs
+from sae_lib.metrics import METRICS
 
 TRAINING = ("explained_variance", "mse", "l0", "dead_share", "unused_share", "mean_cos2", "norm_ratio")
 CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
-METRICS = TRAINING + CORE
+FIGURES = TRAINING + CORE
 L0_TOLERANCE = 0.1
 
 
@@ -25,7 +26,7 @@ def collect(names: list[str]) -> pd.DataFrame:
     """One row per run of ``names``: identity, verdict, comparability key and every metric found."""
     rows = [_row(name) for name in names]
     table = pd.DataFrame(rows, columns=list(dict.fromkeys(key for row in rows for key in row)))
-    return table.assign(**{name: pd.to_numeric(table.get(name), errors="coerce") for name in METRICS})
+    return table.assign(**{name: pd.to_numeric(table.get(name), errors="coerce") for name in FIGURES})
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def baseline_variant(table: pd.DataFrame, baseline: str | None) -> str:
     return table.variant.iloc[0]
 
 
-def differences(table: pd.DataFrame, baseline: str | None, metrics=METRICS, level: float = 0.95) -> pd.DataFrame:
+def differences(table: pd.DataFrame, baseline: str | None, metrics=FIGURES, level: float = 0.95) -> pd.DataFrame:
     """Each variant beside the baseline, paired by seed: difference, interval, and what may be said.
 
     d_s = variant - baseline at seed s. Variance of d is pooled over the variants that have at least two pairs
@@ -153,4 +154,5 @@ def _claim(row: dict[str, Any], level: float) -> str:
         return f"no claim possible: {row['pairs']} paired seed{'s' * (row['pairs'] != 1)}, at least 3 are needed"
     if row["low"] <= 0 <= row["high"] or row["p_holm"] > 1 - level:
         return "no difference shown"
-    return "higher" if row["difference"] > 0 else "lower"
+    gain = METRICS[row["metric"]].direction * row["difference"] if row["metric"] in METRICS else 0
+    return ("higher" if row["difference"] > 0 else "lower") + (": better" if gain > 0 else ": worse" if gain else "")
