@@ -50,7 +50,7 @@ def store_of(member):
 # Lines that tell how far the work is go to the terminal too; the whole log is kept beside the notebook.
 PAPERMILL = ("papermill {input.notebook:q} {log.notebook:q} -y {params.given:q} -p threads {threads} -p overwrite True "
              "--log-output --no-progress-bar 2>&1 | tee {log.text:q} "
-             "| awk '/ (left|tokens\\/s|samples\\/s)/ {{ print; fflush() }}'")
+             "| {{ grep --line-buffered -E ' left|tokens/s|samples/s' || true; }}")
 
 
 rule all:

@@ -7,7 +7,7 @@ from scipy import stats
 
 from sae_lib import runs
 from sae_lib.evaluation import compare, results
-from sae_lib.params import check
+from sae_lib.params import ParameterError, check
 from sae_lib.views import figures_compare
 
 
@@ -132,3 +132,77 @@ def test_null_baselines_stand_apart():
 def test_a_comparison_of_nothing_says_so():
     with pytest.raises(runs.RunError, match="no runs in"):
         compare.compare(check("compare", {"study": "nothing"}))
+
+
+def compared(names, baseline="topk"):
+    """The comparison of runs, with every figure and table of its page built."""
+    found = compare.compare(check("compare", {"study": "s", "runs": names, "baseline": baseline}))
+    figures_compare.readable(found.table)
+    return found, figures_compare.all_figures(found)
+
+
+def damage_params(folder):
+    (folder / "params.yaml").write_text("a: [1\n b: }")
+
+
+def damage_status(folder):
+    runs.write_json(folder / "validity.json", {"status": "fine", "reasons": [], "flags": []})
+
+
+def damage_verdict(folder):
+    runs.write_json(folder / "validity.json", {"status": "valid", "reasons": [], "flags": [], "checked": ["training"]})
+
+
+def damage_training(folder):
+    (folder / "training.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_params, damage_status, damage_verdict, damage_training])
+def test_every_damage_is_one_failed_row(damage):
+    names = [fake_run("s/topk-s1"), fake_run("s/x-s1")]
+    damage(runs.folder_of("s/x-s1"))
+    found, _ = compared(names)
+    assert found.table["status"].tolist() == ["valid", "failed"] and found.table.reasons[1]
+
+
+def test_a_history_of_other_columns_and_a_study_without_any_run_end_nothing():
+    names = [fake_run("s/topk-s1"), fake_run("s/x-s1", final_loss={f"t{n}": 1.0 for n in range(12)})]
+    pd.DataFrame({"step": [1]}).to_parquet(runs.folder_of("s/x-s1") / "history.parquet")
+    assert list(compared(names)[0].histories) == ["s/topk-s1"]
+    assert compared(["s/topk-s8", "s/y-s8"])[0].table["status"].tolist() == ["failed", "failed"]
+
+
+def test_the_file_s_columns_hold_results_alone(home):
+    compared([fake_run("s/topk-s1"), fake_run("s/dead-s1", status="invalid", reasons=["dead"], mse=9999.0)])
+    table = pd.read_csv(home / "runs/s/compare/table.csv")
+    assert table.mse.mean() == 10.0 and table["not_a_result/mse"].tolist()[1] == 9999.0
+
+
+def test_null_baselines_and_what_does_not_compare_enter_no_main_series():
+    names = [fake_run("s/topk-s1"), fake_run("s/random-s1", mse=500.0), fake_run("s/longer-s1", samples=2, mse=77.0)]
+    path = runs.folder_of("s/random-s1") / "params.yaml"
+    path.write_text(path.read_text().replace("role: normal", "role: 'null'"))
+    found, figs = compared(names)
+    drawn = [x for t in figs["compression_panels"].data if t.marker.symbol != "x-thin" for x in t.x]
+    assert 500.0 not in drawn and 77.0 not in drawn and 10.0 in drawn
+    said = str(figs["comparison_table"].data[0].cells["values"][1])
+    assert "null baseline" in said and "not comparable" in said
+
+
+def test_a_swept_run_and_a_second_model_have_baselines_of_their_own():
+    names = [fake_run(f"s/{model}-{variant}-k={k}-s{seed}", seed=seed, hook=model, l0=float(k))
+             for model in ("a", "b") for variant in ("topk", "po") for k in (8, 16) for seed in (1, 2, 3)]
+    found = compared(names)[0].differences
+    assert sorted(set(found.variant)) == [f"{model}-po-k={k}" for model in "ab" for k in (16, 8)]
+
+
+def test_a_baseline_that_no_run_has_is_an_error_with_the_nearest_name():
+    with pytest.raises(ParameterError, match="did you mean 'topk'"):
+        compared([fake_run("s/topk-s1"), fake_run("s/x-s1")], "tpok")
+
+
+def test_a_baseline_s_seed_that_does_not_compare_and_a_seed_twice_give_no_pair():
+    names = [fake_run(f"s/{variant}-s{seed}", seed=seed) for variant in ("topk", "po") for seed in (1, 2)]
+    names += [fake_run("s/topk-s3", seed=3, activations={"content_hash": "other"}), fake_run("s/po-s3", seed=3)]
+    assert compared(names)[0].differences.pairs.max() == 2
+    assert compared([fake_run("a/topk-s1"), fake_run("b/topk-s1"), fake_run("a/x-s1")])[0].differences.empty

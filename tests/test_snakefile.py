@@ -62,7 +62,7 @@ def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout):
 
 @pytest.mark.parametrize("text, says", [
     (STUDY.replace("smoke", "quick"), "params/studies/small.yaml: eval_preset"),
-    (STUDY.replace("seeds", "sede"), "sede: Extra inputs are not permitted; did you mean 'seeds'"),
+    (STUDY.replace("seeds", "seed"), "seed: Extra inputs are not permitted; did you mean 'seeds'"),
     (STUDY.replace("[a, b]", "[wrong]"), "wieght"),
 ])
 def test_a_fault_stops_before_any_job_and_names_its_file(checkout, text, says):

@@ -38,7 +38,7 @@ def compare(p: params.Compare) -> Comparison:
         raise runs.RunError(f"study '{p.study}': no runs in {folder.parent}; run `snakemake --config study={p.study}`")
     table = results.compared(results.collect(names), p.baseline)
     differences = results.differences(table, p.baseline)
-    for name, frame in (("differences", differences), ("table", table)):
+    for name, frame in (("differences", differences), ("table", results.masked(table))):
         with runs.whole(folder / f"{name}.csv") as temporary:
             frame.to_csv(temporary, index=False)
     histories = {name: history for name in names if (history := _history(name)) is not None}
@@ -58,6 +58,7 @@ def _of_study(study: str) -> list[str]:
 
 def _history(name: str) -> pd.DataFrame | None:
     try:
-        return pd.read_parquet(runs.folder_of(name) / "history.parquet")
+        history = pd.read_parquet(runs.folder_of(name) / "history.parquet")
     except (OSError, ValueError, params.ParameterError):
         return None
+    return history if {"samples", "loss/reconstruction", "explained_variance"} <= set(history) else None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy import stats
 
 from sae_lib import params, runs
@@ -20,6 +21,7 @@ TRAINING = ("explained_variance", "mse", "l0", "dead_share", "unused_share", "me
 CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
 FIGURES = TRAINING + CORE
 L0_TOLERANCE = 0.1
+STATUSES = ("valid", "invalid", "failed")
 
 
 def collect(names: list[str]) -> pd.DataFrame:
@@ -30,10 +32,12 @@ def collect(names: list[str]) -> pd.DataFrame:
 
 
 def _row(name: str) -> dict[str, Any]:
-    row = {"run": name, "variant": variant_of(name), "status": "failed", "reasons": "", "flags": "", "role": "normal"}
+    row = {"run": name, "variant": variant_of(name), "status": "failed", "reasons": "", "flags": "", "role": "normal",
+           "model": None, "seed": None}
     try:
         return row | _read(runs.Run(name))
-    except (runs.RunError, params.ParameterError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (runs.RunError, params.ParameterError, KeyError, TypeError, AttributeError, ValueError,
+            yaml.YAMLError) as error:
         text = str(error) if isinstance(error, (runs.RunError, params.ParameterError)) else f"damaged: {error!r}"
         return row | {"reasons": text}
 
@@ -44,6 +48,12 @@ def _read(run: runs.Run) -> dict[str, Any]:
     verdict = run.json("validity.json", {"status": "failed", "reasons": ["no verdict: 02 did not end"], "flags": []})
     values, t, core = run.params, run.json("training.json", {}), run.json("evals/core.json", {})
     row = {"status": verdict["status"], "reasons": "; ".join(verdict["reasons"]), "flags": "; ".join(verdict["flags"])}
+    if row["status"] not in STATUSES:
+        raise runs.RunError(f"validity.json: status '{row['status']}' is none of {', '.join(STATUSES)}")
+    if row["status"] == "valid" and not t:
+        raise runs.RunError("no training.json: run 02_train_variant again")
+    if core and "core" not in verdict.get("checked", ["core"]):
+        raise runs.RunError("the verdict has not seen evals/core.json (03 was cut): run 03_eval again")
     row |= {key: values.get(key) for key in ("role", "model", "seed", "architecture", "d_sae", "k")}
     row |= {"hook": t.get("hook"), "samples": t.get("samples")}
     row["activations"] = t.get("activations", {}).get("content_hash")
@@ -67,6 +77,18 @@ def results(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table.status == "valid") & (table.role != "null")]
 
 
+def masked(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for a file: figures that are not results move to columns ``not_a_result/<metric>``.
+
+    So a mean over a metric's column of table.csv takes up results alone.
+    """
+    result = pd.Series(table.index.isin(results(table).index), table.index)
+    figures = [name for name in table if name in METRICS or name.startswith(("loss/", "share/"))]
+    moved = pd.DataFrame({f"not_a_result/{name}": table[name].where(~result) for name in figures})
+    kept = table.assign(**{name: table[name].where(result) for name in figures})
+    return pd.concat([kept, moved.dropna(axis=1, how="all")], axis=1)
+
+
 KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
        "evaluation": "evaluation", "sae_bench": "sae-bench version"}
 
@@ -86,21 +108,47 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def compared(table: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
-    """The table with ``apart``: for each valid run, why it does not compare with the baseline's runs."""
-    valid = results(table)
-    own = valid[valid.variant == baseline_variant(table, baseline)]
-    if own.empty:
-        return table.assign(apart=["" if s == "valid" else s for s in table.status])
-    apart = [why_apart(row, own.iloc[0]) if row.status == "valid" else row.status for _, row in table.iterrows()]
+    """The table with ``apart``: why a run's figures do not stand beside its baseline's; empty where they do.
+
+    A run's baseline has the same model and swept values; where it has no valid run, nothing is known to differ.
+    """
+    own, valid, apart = baselines(table, baseline), results(table), []
+    for place, row in table.iterrows():
+        base = valid[valid.variant == own[place]]
+        apart.append("null baseline" if row.role == "null" else row.status if row.status != "valid" else
+                     why_apart(row, base.iloc[0]) if len(base) else "")
     return table.assign(apart=apart)
 
 
-def baseline_variant(table: pd.DataFrame, baseline: str | None) -> str:
-    """The baseline's variant as the table names it: given with or without the model in front; else the first."""
-    for variant in table.variant:
-        if baseline and (variant == baseline or variant.endswith(f"-{baseline}")):
-            return variant
-    return table.variant.iloc[0]
+def parts_of(variant: str, model: str | None) -> tuple[str, str, str]:
+    """A table's variant as model, variant's own name and swept values: ``smollm2-topk-k=64`` -> smollm2, topk, k=64."""
+    head, sweep = re.fullmatch(r"(.*?)(?:-(\w+=.*))?", variant).groups()
+    front = (model or "").rpartition("/")[2] + "-"
+    return (front[:-1], head.removeprefix(front), sweep or "") if head.startswith(front) else ("", head, sweep or "")
+
+
+def baselines(table: pd.DataFrame, baseline: str | None) -> pd.Series:
+    """For each run, the variant (as the table names it) that is its baseline: of its model and its swept values.
+
+    ``baseline`` may have the model in front; None takes the first run's. Raises ParameterError for one that no run has.
+    """
+    # A run that is not there has no model, and a file of params/models need not be called as its model is: what
+    # stands before the baseline's name is a model too.
+    heads = [parts_of(variant, None)[1] for variant in table.variant]
+    models = [str(model) for model in table.model.dropna().unique()]
+    models += [head.removesuffix(f"-{baseline}") for head in heads if baseline and head.endswith(f"-{baseline}")]
+    parts = [next((p for m in [row.model, *models] if (p := parts_of(row.variant, m))[0]), parts_of(row.variant, None))
+             for row in table.itertuples()]
+    named = dict(zip(table.variant, parts))
+    wanted = named.get(baseline, (None, baseline))[1] if baseline else parts[0][1]
+    if wanted not in {part[1] for part in parts}:
+        known = sorted({part[1] for part in parts})
+        raise params.ParameterError(f"baseline: no run is of variant '{baseline}'{params.nearest(str(baseline), known)}"
+                                    f"; there are {', '.join(known)}")
+    places = {part: variant for variant, part in named.items() if part[1] == wanted}
+    found = [places.get((model, wanted, sweep)) or places.get((model, wanted, "")) or next(iter(places.values()))
+             for model, _, sweep in parts]
+    return pd.Series(found, index=table.index)
 
 
 def differences(table: pd.DataFrame, baseline: str | None, metrics=FIGURES, level: float = 0.95) -> pd.DataFrame:
@@ -111,13 +159,17 @@ def differences(table: pd.DataFrame, baseline: str | None, metrics=FIGURES, leve
     mean +- t(pooled degrees of freedom) * sqrt(pooled variance / n). Holm's correction is within a metric. Fewer than
     three pairs: no claim. A difference is called one only if its interval excludes zero and Holm keeps it.
     """
-    valid = results(compared(table, baseline))
-    own = baseline_variant(table, baseline)
-    base = valid[valid.variant == own].set_index("seed")
+    table = compared(table, baseline)
+    table = table.assign(own=baselines(table, baseline))
+    valid = results(table)
+    valid = valid[valid.apart == ""]
+    # Two runs of one variant and seed (of two studies, say) leave open which is meant: they pair with nothing.
+    valid = valid[~valid.duplicated(["variant", "seed"], keep=False)]
     rows = []
     for metric in metrics:
         pairs = {}
-        for variant, group in valid[(valid.variant != own) & (valid.apart == "")].groupby("variant", sort=False):
+        for variant, group in valid[valid.variant != valid.own].groupby("variant", sort=False):
+            base = valid[valid.variant == group.own.iloc[0]].set_index("seed")
             both = group.set_index("seed")[metric].sub(base[metric]).dropna()
             if len(both):
                 pairs[variant] = both.to_numpy(dtype=float)

@@ -5,6 +5,7 @@ Runs that are not valid stand greyed at the side with their reason; they enter n
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -13,6 +14,20 @@ from sae_lib.metrics import METRICS
 from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress, style
 
 PANELS = ("explained_variance", "mse", "l0", "kl_div_with_sae")
+
+
+def main(table: pd.DataFrame) -> pd.Series:
+    """Which runs make the main series: valid, no null baseline, and comparable with their baseline."""
+    return (table.status == "valid") & (table.role != "null") & (table.get("apart", "") == "")
+
+
+def why(row) -> str:
+    """In words, why a run (a row of the table) is set apart."""
+    if row.role == "null":
+        return "null baseline" + (f": {row.status}: {row.reasons}" if row.status == "failed" else "")
+    if row.status != "valid":
+        return f"{row.status}: {row.reasons}" if row.reasons else row.status
+    return f"not comparable: {row.apart}"
 
 
 def labels(table: pd.DataFrame) -> dict[str, str]:
@@ -26,7 +41,7 @@ def labels(table: pd.DataFrame) -> dict[str, str]:
 def note(table: pd.DataFrame, study: str) -> str:
     """The caption: study, runs, versions, and what one seed allows."""
     versions = ", ".join(sorted({str(v) for v in table.get("sae_bench", pd.Series(dtype=str)).dropna()}))
-    seeds = table[table.status == "valid"].groupby("variant").seed.nunique() if "seed" in table else pd.Series([0])
+    seeds = table[main(table)].groupby("variant").seed.nunique() if "seed" in table else pd.Series([0])
     claim = "" if len(seeds) and seeds.min() >= 3 else "; fewer than three seeds: no claim possible"
     bench = f"; sae-bench {versions}" if versions else ""
     return f"Study {study}, {len(table)} runs, {(table.status == 'valid').sum()} valid{bench}{claim}"
@@ -34,13 +49,14 @@ def note(table: pd.DataFrame, study: str) -> str:
 
 def final_losses(table: pd.DataFrame, caption: str = "") -> go.Figure:
     """Every loss term at the last logged step, by run (log axis: terms differ by orders of magnitude)."""
-    names, valid = labels(table), table[table.status == "valid"]
+    names, valid = labels(table), table[main(table)]
     fig = go.Figure()
     for number, term in enumerate(name for name in table if name.startswith("loss/")):
         fig.add_scatter(y=[names[run] for run in valid.run], x=valid[term], mode="markers",
                         name=term.removeprefix("loss/"),
-                        marker={"size": 13, "color": COLOURS[number], "symbol": SYMBOLS[number]})
-    _mark_invalid(fig, table[table.status != "valid"], names)
+                        marker={"size": 13, "color": COLOURS[number % len(COLOURS)],
+                                "symbol": SYMBOLS[number % len(SYMBOLS)]})
+    _mark_invalid(fig, table[~main(table)], names)
     fig.update_xaxes(title="Loss per token at the last logged step (log)", type="log", dtick=1)
     _rows(fig, [names[run] for run in table.run])
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
@@ -55,24 +71,37 @@ def training_curves_by_run(histories: dict[str, pd.DataFrame], table: pd.DataFra
     fig = make_subplots(rows=1, cols=2, subplot_titles=("Reconstruction loss", "Explained variance (batch)"),
                         horizontal_spacing=0.1)
     names, variants, seen = labels(table), list(dict.fromkeys(table.variant)), set()
-    for _, row in table.iterrows():
+    kept = main(table)
+    spans = _spans([histories[run] for run in table.run[kept] if run in histories])
+    for row in table.itertuples():
         history = histories.get(row.run)
         if history is None or history.empty:
             continue
-        valid = row.status == "valid"
+        valid = kept[row.Index]
         line = style(variants.index(row.variant)) if valid else {"color": GREY, "width": 1.5, "dash": "dot"}
         label = names[row.run].rpartition("-s")[0] or names[row.run]
-        label = label if valid else f"{names[row.run]} ({row.status})"
+        label = label if valid else f"{names[row.run]} ({why(row).partition(':')[0]})"
         for column, col in (("loss/reconstruction", 1), ("explained_variance", 2)):
-            fig.add_scatter(x=history.samples, y=history[column], mode="lines", line=line, name=label,
+            fig.add_scatter(x=history.samples, mode="lines", line=line, name=label,
+                            y=history[column] if valid else history[column].clip(*spans[column]),
                             legendgroup=label, showlegend=col == 1 and label not in seen, row=1, col=col,
-                            hovertext=f"{row.run}: {row.reasons or row.status}")
+                            hovertext=f"{row.run}: {why(row)}".replace("<", "&lt;"))
         seen.add(label)
     fig.update_xaxes(title="Training samples")
     fig.update_yaxes(title="Squared error per token (log)", type="log", row=1, col=1)
     fig.update_yaxes(title="Share", row=1, col=2)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.1, "yanchor": "bottom"})
     return dress(fig, "Training curves by run", caption, width=1080, height=560, top=140)
+
+
+def _spans(histories: list[pd.DataFrame]) -> dict[str, tuple[float, float]]:
+    """Lowest and highest value of the main series, by column: runs set apart run along these, and flatten nothing."""
+    spans = {}
+    for column in ("loss/reconstruction", "explained_variance"):
+        values = pd.concat([history[column] for history in histories]) if histories else pd.Series(dtype=float)
+        values = values[np.isfinite(values)]
+        spans[column] = (values.min(), values.max()) if len(values) else (-np.inf, np.inf)
+    return spans
 
 
 def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
@@ -88,7 +117,7 @@ def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
     places = {variant: _variant_label(table[table.variant == variant], names) for variant in variants}
     for number, name in enumerate(PANELS):
         place = {"row": number // 2 + 1, "col": number % 2 + 1}
-        valid, bad = table[table.status == "valid"], table[table.status != "valid"]
+        valid, bad = table[main(table)], table[~main(table)]
         low, high = _span(valid[name])
         for order, variant in enumerate(variants):
             own = valid[valid.variant == variant]
@@ -98,20 +127,20 @@ def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
                                                                "opacity": 0.8})
         # What is not a result stays visible at the edge of the axis, without stretching it.
         fig.add_scatter(y=[places[variant] for variant in bad.variant], x=bad[name].clip(low, high), mode="markers",
-                        hovertext=[f"{r.run}: {r.status}: {r.reasons}" for r in bad.itertuples()], showlegend=False,
-                        **place, marker={"size": 11, "symbol": "x-thin", "line": {"width": 2, "color": GREY}})
+                        hovertext=[f"{r.run}: {why(r)}".replace("<", "&lt;") for r in bad.itertuples()], **place,
+                        showlegend=False, marker={"size": 11, "symbol": "x-thin", "line": {"width": 2, "color": GREY}})
         fig.update_xaxes(title=METRICS[name].unit.partition(",")[0], range=[low, high], nticks=6, **place)
     _rows(fig, [places[variant] for variant in variants])
-    extra = f"; {(table.status != 'valid').sum()} not valid (grey crosses: no results)"
-    caption += extra if (table.status != "valid").any() else ""
+    extra = "; grey crosses: set apart"
+    caption += extra if (~main(table)).any() else ""
     return dress(fig, "Quality of compression by variant", caption, width=1080, height=rows + 110 + 226,
                  top=110)
 
 
 def _variant_label(own: pd.DataFrame, names: dict[str, str]) -> str:
     name = names[own.run.iloc[0]]
-    bad = (own.status != "valid").sum()
-    return (name.rpartition("-s")[0] or name) + (f"<br>{bad} of {len(own)} not valid" if bad else "")
+    bad = (~main(own)).sum()
+    return (name.rpartition("-s")[0] or name) + (f"<br>{bad} of {len(own)} set apart" if bad else "")
 
 
 def _span(values: pd.Series) -> tuple[float, float]:
@@ -130,16 +159,21 @@ def _rows(fig: go.Figure, order: list[str]) -> None:
 
 
 def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
-    """The table as a picture: verdict, flags and the main figures; figures of runs not valid are dashes."""
+    """The table as a picture: verdict, flags, figures; what does not stand beside the baseline comes last, with why.
+
+    Figures of runs that are not valid are dashes; a null baseline is no run that the gate could refuse.
+    """
+    table = pd.concat([table[main(table)], table[~main(table)]])
+    measured = (table.status == "valid") | ((table.role == "null") & (table.status == "invalid"))
     columns = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2")
     arrows = {1: " ↑", -1: " ↓", 0: ""}
-    names, valid = labels(table), table.status == "valid"
+    names, valid = labels(table), main(table)
     head = ["run", "verdict", *(METRICS[name].label + arrows[METRICS[name].direction] for name in columns)]
     runs = [_wrapped(names[run].replace("_", "_ "), 22).replace("_ ", "_") for run in table.run]
-    why = [_wrapped(f"{status}: {reason}" if reason else status) + (f"<br><i>{_wrapped(flags)}</i>" if flags else "")
-           for status, reason, flags in zip(table["status"], table["reasons"], table["flags"])]
-    cells = [runs, why]
-    cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], valid)] for name in columns]
+    said = [_wrapped("valid" if ok else why(row), 31) + (f"<br><i>{_wrapped(row.flags, 31)}</i>" if row.flags else "")
+            for row, ok in zip(table.itertuples(), valid)]
+    cells = [runs, said]
+    cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], measured)] for name in columns]
     ink = [["#111111" if ok else "#777777" for ok in valid]] * len(head)
     fig = go.Figure(go.Table(
         columnwidth=[2.2, 2.7, *[1.4] * len(columns)],
@@ -147,7 +181,7 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
                 "font_size": 13},
         cells={"values": cells, "align": "left", "fill_color": "white", "font": {"size": 13, "color": ink},
                "height": 28, "line_color": "#CCCCCC"}))
-    heights = [30 + 19 * max(text.count("<br>"), name.count("<br>")) for name, text in zip(runs, why)]
+    heights = [30 + 19 * max(text.count("<br>"), name.count("<br>")) for name, text in zip(runs, said)]
     return dress(fig, "Comparison (↑ higher is better, ↓ lower is better)", caption, width=1180,
                  height=70 + 110 + sum(heights) + 100, top=70, side=30)
 
@@ -159,7 +193,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     for name, metric in METRICS.items():
         if name in table and table[name].notna().any():
             shown[metric.label + arrows[metric.direction]] = table[name].where(table.status == "valid")
-    return shown.assign(library=["another" if stale is True else "" for stale in table.get("stale", [])])
+    return shown.assign(library=["another" if row.get("stale") is True else "" for _, row in table.iterrows()])
 
 
 def claims(differences: pd.DataFrame) -> pd.DataFrame:
@@ -190,7 +224,8 @@ def _wrapped(text: str, width: int = 36) -> str:
 def _mark_invalid(fig: go.Figure, bad: pd.DataFrame, names: dict[str, str]) -> None:
     """Say on the row of each run that is not valid what it is, and why, in grey."""
     for row in bad.itertuples():
-        reason = row.reasons if len(row.reasons) <= 90 else row.reasons[:87] + "..."
+        reason = why(row)
+        reason = reason if len(reason) <= 90 else reason[:87] + "..."
         fig.add_scatter(y=[names[row.run]], x=[None], showlegend=False)
-        fig.add_annotation(y=names[row.run], x=0.01, xref="paper", text=f"{row.status}: {reason}".replace("<", "&lt;"),
+        fig.add_annotation(y=names[row.run], x=0.01, xref="paper", text=reason.replace("<", "&lt;"),
                            showarrow=False, xanchor="left", font={"color": "#777777", "size": 12})

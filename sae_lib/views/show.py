@@ -6,10 +6,12 @@ Chrome can be found.
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import os
 import shutil
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -47,28 +49,56 @@ def figures(named: dict[str, go.Figure], *, folder: Path, mode: str, live=None) 
 
 
 def _pictures(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
-    """PNG of each figure, by name; none (and a sentence) without a Chrome that starts."""
-    path = browser()
+    """PNG of each figure, by name; none (and a sentence) without a Chrome that draws. Never raises, never hangs.
+
+    A PNG of an earlier run that is not drawn anew is removed: it would show other figures than the HTML does.
+    """
+    path, written = browser(), {}
     if path is None:
         print("PNG skipped: no Chrome or Chromium found (set BROWSER_PATH to one); the HTML files hold the figures",
               file=sys.stderr)
-        return {}
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            files = {name: Path(scratch) / f"{number}.png" for number, name in enumerate(named)}
+            fault = _draw([{"fig": fig, "path": files[name], "opts": {"format": "png", "scale": 2}}
+                           for name, fig in named.items()], path)
+            for name, file in files.items():
+                if file.exists() and file.stat().st_size:
+                    with runs.whole(folder / f"{name}.png") as temporary:
+                        shutil.copyfile(file, temporary)
+                    written[name] = folder / f"{name}.png"
+        if fault:
+            print(f"PNG skipped: {path} did not draw ({fault})", file=sys.stderr)
+    for name in named:
+        if name not in written:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+    return written
+
+
+def _draw(jobs: list[dict], path: str) -> str | None:
+    """Run kaleido once over all pictures; what went wrong, in words.
+
+    Not its server: whose thread dies with a browser that does not start, and then every call waits forever. The
+    event loop is a thread's own, as a notebook's is busy.
+    """
     import kaleido
 
-    os.environ.setdefault("BROWSER_PATH", path)
-    written = {}
-    try:
-        kaleido.start_sync_server(silence_warnings=True)
-        for name, fig in named.items():
-            with runs.whole(folder / f"{name}.png") as temporary:
-                temporary.write_bytes(kaleido.calc_fig_sync(fig, opts={"format": "png", "scale": 2}))
-            written[name] = folder / f"{name}.png"
-    except Exception as error:  # whatever a browser can do wrong must not cost the run its results
-        print(f"PNG skipped: {path} did not draw ({type(error).__name__}: {error})", file=sys.stderr)
-    finally:
-        with contextlib.suppress(Exception):
-            kaleido.stop_sync_server(silence_warnings=True)
-    return written
+    answer: list[str | None] = []
+
+    def work():
+        try:
+            # MathJax would come from the network, and no label needs it.
+            options = {"path": path, "mathjax": False, "timeout": 30}
+            drawing = kaleido.write_fig_from_object(jobs, kopts=options)
+            faults = asyncio.run(asyncio.wait_for(drawing, 60 + 30 * len(jobs)))
+            answer.append("; ".join(f"{type(fault).__name__}: {fault}" for fault in faults) or None)
+        except BaseException as error:  # whatever a browser can do wrong must not cost the run its results
+            answer.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(75 + 30 * len(jobs))
+    return answer[0] if answer else "no answer"
 
 
 def table(frame: pd.DataFrame) -> None:

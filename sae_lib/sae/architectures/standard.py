@@ -20,11 +20,12 @@ class Standard(architectures.Architecture):
 
     name = "standard"
     uses = frozenset({"l1", "l1_warmup", "target_l0"})
-    state = ("log_factor", "mean_l0")
+    state = ("log_factor", "fast", "slow")
     log_factor = 0.0
     """The controller's correction of l1, as a logarithm."""
-    mean_l0: float | None = None
-    """Running mean of the batch's L0."""
+    fast: float | None = None
+    slow: float | None = None
+    """Running means of log L0 over about 10 and 50 steps: their difference is the trend."""
 
     def select(self, pre_acts: Tensor) -> Codes:
         """ReLU of (B, F)."""
@@ -33,8 +34,7 @@ class Standard(architectures.Architecture):
     def weight(self, progress: float) -> float:
         """The L1 weight in force."""
         warm = min(1.0, progress / self.l1_warmup) if self.l1_warmup else 1.0
-        error = math.log(self.mean_l0 / self.target_l0) if self.target_l0 and self.mean_l0 else 0.0
-        return self.l1 * warm * math.exp(self.log_factor + PROPORTIONAL * _clamp(error))
+        return self.l1 * warm * math.exp(self.log_factor)
 
     def losses(self, ctx: Context) -> dict[str, Tensor]:
         """The sparsity penalty, averaged over tokens."""
@@ -42,23 +42,27 @@ class Standard(architectures.Architecture):
         return {"l1": self.weight(ctx.progress) * penalty}
 
     def after_step(self, ctx: Context) -> None:
-        """With ``target_l0``: a proportional-integral controller on log l1, driven by log(L0 / target)."""
+        """With ``target_l0``: move log l1 by where L0 is heading, log(L0 / target) plus its trend.
+
+        L0 answers l1 late, most of all while the learning rate warms up: an integral of the error alone winds up
+        until every latent is dead. Where L0 is off but on its way, l1 rests.
+        """
         if not self.target_l0:
             return
-        l0 = max(ctx.codes.l0(), 1e-3)
-        self.mean_l0 = l0 if self.mean_l0 is None else 0.9 * self.mean_l0 + 0.1 * l0
-        # The whole integral gain is spread over the run, so that short and long runs move alike.
-        gain = INTEGRAL / max(1, ctx.total_steps)
-        self.log_factor += gain * _clamp(math.log(self.mean_l0 / self.target_l0))
+        now = math.log(max(ctx.codes.l0(), 1e-2))
+        self.fast = now if self.fast is None else self.fast + 0.1 * (now - self.fast)
+        self.slow = now if self.slow is None else self.slow + 0.02 * (now - self.slow)
+        if ctx.progress < SETTLED:
+            return
+        ahead = self.fast - math.log(self.target_l0) + AHEAD * (self.fast - self.slow)
+        # The gain is spread over the run, so that short and long runs move alike.
+        self.log_factor += GAIN / max(1, ctx.total_steps) * max(-1.0, min(1.0, ahead))
 
     def log(self) -> dict[str, float]:
         """The controller's correction."""
         return {"value/l1.factor": math.exp(self.log_factor)}
 
 
-PROPORTIONAL, INTEGRAL = 0.5, 40.0
-"""Gains of the controller: chosen so that L0 ends within 10 % of its target from an l1 ten times off."""
-
-
-def _clamp(error: float) -> float:
-    return max(-2.0, min(2.0, error))
+SETTLED, GAIN, AHEAD = 0.25, 10.0, 2.0
+"""Share of training before control begins; largest change of log l1 over a run; how far the trend is followed (in
+units of about 40 steps)."""
