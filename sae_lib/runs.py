@@ -21,10 +21,14 @@ from typing import Any
 
 import yaml
 
-from sae_lib.params import Common, ParameterError
+from sae_lib import presence
+from sae_lib.params import Common, ParameterError, load_yaml
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._=-]{0,99})?")
 PACKAGES = ("torch", "transformers", "sae-bench", "sae-lens", "transformer-lens", "datasets", "numpy", "plotly")
+
+
+NO_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
 class RunError(RuntimeError):
@@ -54,7 +58,13 @@ def folder_of(name: str) -> Path:
     """The folder of a run's name (``topk`` or ``study/topk-s42``). Raises ParameterError for an unsafe name."""
     if not isinstance(name, str) or not SAFE_NAME.fullmatch(name) or ".." in name:
         raise ParameterError(f"run: '{name}' is not a name; use letters, digits, . _ = - and at most one /")
-    return home() / "runs" / name
+    base = home() / "runs"
+    folder, tree = base / name, base.resolve()
+    for path in (folder, *folder.glob("*")):
+        if not path.resolve().is_relative_to(tree):
+            raise ParameterError(f"run: {path.relative_to(base.parent)} is a link out of {base}; remove it, or link "
+                                 "runs/ itself to another disk")
+    return folder
 
 
 @contextlib.contextmanager
@@ -63,15 +73,31 @@ def whole(path: Path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)  # of a killed process that had the same number, as in a container
     try:
         yield temporary
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except Exception as error:  # writers have kinds of their own, and torch.save does not say why
+        if any(sign in str(error) for sign in NO_ROOM) or shutil.disk_usage(path.parent).free < 4096:
+            raise RunError(f"{path}: no space left on the disk; nothing was written. Free some, or set "
+                           "SAE_WORKBOOK_HOME (and SAE_WORKBOOK_CACHE) to a larger one") from None
+        raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder; for who works on it alone."""
+    for path in Path(folder).glob(".*.tmp"):
+        _remove(path)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -104,7 +130,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: damaged JSON ({error}); delete it and run its stage again") from None
 
 
@@ -114,11 +140,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def library_digest() -> str:
-    """Hash of the library's own source: a run made by another one is marked stale, not retrained."""
+def library_digest(*rooms: str) -> str:
+    """Hash of the library's own source (or of some rooms): a run made by another one is stale, not retrained."""
     total = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        total.update(file.read_bytes())
+    for room in rooms or ("",):
+        for file in sorted((Path(__file__).parent / room).rglob("*.py")):
+            total.update(file.read_bytes())
     return total.hexdigest()[:12]
 
 
@@ -146,15 +173,23 @@ class Run:
     @property
     def params(self) -> dict[str, Any]:
         """The resolved parameters that the run was trained with."""
+        file = self.path / "params.yaml"
+        if not file.exists():
+            raise RunError(f"run '{self.name}': no params.yaml in {self.path}; run 02_train_variant first")
         try:
-            return yaml.safe_load((self.path / "params.yaml").read_text(encoding="utf-8"))
-        except OSError:
-            raise RunError(f"run '{self.name}': no params.yaml in {self.path}; run 02_train_variant first") from None
+            return load_yaml(file)
+        except ParameterError as error:
+            raise RunError(str(error)) from None
 
     def json(self, name: str, default: Any = None) -> Any:
         """Read one of the run's JSON files; ``default`` when it is not there."""
         path = self.path / name
-        return read_json(path) if path.exists() else default
+        if not path.exists():
+            return default
+        value = read_json(path)
+        if not isinstance(value, dict):
+            raise RunError(f"{path}: a mapping is wanted, not a {type(value).__name__}; run its stage again")
+        return value
 
     @contextlib.contextmanager
     def stage(self, stage: str):
@@ -169,20 +204,26 @@ class Run:
             raise
 
 
-def start(p: Common) -> Run:
-    """Open the run's folder for training and write its resolved parameters.
+def resolved(p: Common) -> dict[str, Any]:
+    """The parameters that decide a run's figures: without who reads, where, and how often it is saved."""
+    return p.model_dump(exclude={"mode", "overwrite", "threads", "run", "checkpoint_every"})
 
-    Raises RunError when the folder holds a finished run of other parameters and ``overwrite`` is not set.
+
+def start(p: Common, **made_from: Any) -> Run:
+    """Open the run's folder for training and write its resolved parameters; checkpoints stay for training to judge.
+
+    Raises RunError when the folder holds a finished run of other parameters and ``overwrite`` is not set, and Busy
+    when another process works on it.
     """
-    run = Run(p.run)
-    resolved = p.model_dump(exclude={"mode", "overwrite", "threads", "run"})
-    if (run.path / "sae").exists() and not p.overwrite:
-        other = sorted(k for k in {*resolved, *run.params} if resolved.get(k) != run.params.get(k))
-        if other:
-            raise RunError(f"run '{p.run}' is finished with other parameters ({', '.join(other)}); "
-                           "choose another name for `run`, or set overwrite: true to replace it")
-    for stale in ("sae", "validity.json", "training.json", "history.parquet", "evals"):
-        path = run.path / stale
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_text(run.path / "params.yaml", yaml.safe_dump(resolved, sort_keys=True))
+    run, asked = Run(p.run), resolved(p) | made_from
+    with presence.alone(run.path, f"run '{p.run}'"):
+        if (run.path / "sae").exists() and not p.overwrite:
+            other = sorted(k for k in {*asked, *run.params} if asked.get(k) != run.params.get(k))
+            if other:
+                raise RunError(f"run '{p.run}' is finished with other parameters ({', '.join(other)}); "
+                               "choose another name for `run`, or set overwrite: true to replace it")
+        sweep(run.path)
+        for stale in ("sae", "validity.json", "training.json", "history.parquet", "evals", "hashes.json"):
+            _remove(run.path / stale)
+        write_text(run.path / "params.yaml", yaml.safe_dump(asked, sort_keys=True))
     return run

@@ -32,8 +32,10 @@ class Planted:
 
     def batches(self, batch_size, samples, *, order="shuffled", seed=0, start=0):
         g = torch.Generator().manual_seed(seed)
-        for _ in range(samples // batch_size):
-            yield self._batch(self.x[torch.randint(self.n_train, (batch_size,), generator=g)])
+        for number in range(samples // batch_size):
+            rows = torch.randint(self.n_train, (batch_size,), generator=g)
+            if number >= start:
+                yield self._batch(self.x[rows])
 
     def heldout(self, limit=None):
         return self._batch(self.test[:limit])

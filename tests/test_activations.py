@@ -192,7 +192,7 @@ def test_what_does_not_fit_the_disk_stops_before_work(tiny, elsewhere, monkeypat
     monkeypatch.setattr(activations.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ParameterError, match="store: .* store: stream"):
         activations.extract(tiny())
-    assert "GB in activations/tiny-1" in capsys.readouterr().out and not (elsewhere / "activations").exists()
+    assert "GB in activations/tiny-1" in capsys.readouterr().out and not list(elsewhere.glob("activations/tiny*"))
 
 
 def test_a_layer_that_the_model_lacks_stops_before_work(tiny, elsewhere):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
 
-from sae_lib import params, runs
+from sae_lib import params, presence, runs
 from sae_lib.data import capture, corpus, language_model
 from sae_lib.data.language_model import LanguageModel
-from sae_lib.data.store import FORMAT, Batch, Store, join, open_store
+from sae_lib.data.manifest import FORMAT
+from sae_lib.data.store import Batch, Store, join, open_store
 from sae_lib.params import Extract, ParameterError, Train
 from sae_lib.progress import progress
 
@@ -46,28 +48,48 @@ def extract(p: Extract):
         return Stream(p)
     target = folder(p)
     if not (target / "manifest.json").exists():
-        _announce(p, target)
-        _extract(p, target)
+        finished = (target / "finished.json").exists()
+        if not finished:
+            _announce(p, target)
+        with presence.alone(target, f"activations/{target.name}", patience=math.inf):
+            if not (target / "manifest.json").exists() and not _taken_up(p, target):
+                if finished:
+                    _announce(p, target)
+                _extract(p, target)
     return open_store(target, p.store_buffer_mb)
 
 
 def find(p: Train) -> Store:
     """The finished store that training reads. Raises ParameterError saying how to get it when it is not there."""
-    asked = p.activations != "auto"
-    target = folder(p)
-    if asked:
-        place = Path(p.activations).expanduser()
-        target = place if place.is_dir() else runs.home() / "activations" / p.activations
-    if not (target / "manifest.json").exists():
-        raise ParameterError(f"activations: no finished store {target}; " + (
-            "name a folder that 01_extract wrote, or auto" if asked else
-            "run 01_extract with these parameters (model, layer, corpus, tokens, ...), or set store: stream"))
-    store = open_store(target, p.store_buffer_mb)
+    if p.activations == "auto":
+        target = folder(p)
+        if not (target / "manifest.json").exists():
+            raise ParameterError(f"activations: no finished store {target}; run 01_extract with these parameters "
+                                 "(model, layer, corpus, tokens, ...), or set store: stream")
+        return open_store(target, p.store_buffer_mb)
+    store = open_named(p.activations, p.store_buffer_mb)
     held = store.manifest["inputs"]
-    if asked and (held["model"], held["hook"]) != (p.model, p.hook):
+    if (held["model"], held["hook"]) != (p.model, p.hook):
         raise ParameterError(f"activations: store {store.name} holds {held['hook']} of '{held['model']}', but the "
                              f"parameters say {p.hook} of '{p.model}'; set model and layer to the store's")
     return store
+
+
+def open_named(name: str, buffer_mb: int = 2048) -> Store:
+    """A store by its name under activations/ or its folder, one of activations computed elsewhere included.
+
+    Raises ParameterError where it is not there, RunError where it is damaged.
+    """
+    from sae_lib.data.precomputed import Precomputed
+
+    place = Path(name).expanduser()
+    target = place if place.is_dir() else runs.home() / "activations" / name
+    if not (target / "manifest.json").exists():
+        raise ParameterError(f"activations: no finished store {target}; name a folder that 01_extract wrote or that "
+                             "holds activations computed elsewhere, or auto")
+    said = runs.read_json(target / "manifest.json")
+    ours = not isinstance(said, dict) or "files" not in said
+    return open_store(target, buffer_mb) if ours else Precomputed(target, buffer_mb)
 
 
 def source(p: Train):
@@ -114,6 +136,9 @@ def _inputs(p: Extract) -> dict[str, Any]:
 def _extract(p: Extract, target: Path) -> None:
     began = time.perf_counter()
     partial = _partial(target)
+    runs.sweep(partial)
+    if (partial / "manifest.json").exists() and not (partial / "state.json").exists():
+        return _publish(partial, target)  # only its name was left to give
     state = _resume(p, partial)
     model = language_model.load(p.model, hook=p.hook, dtype=state.get("dtype") or p.dtype, device=p.device)
     if not state:
@@ -135,6 +160,23 @@ def _extract(p: Extract, target: Path) -> None:
             shards.setdefault(split, []).append(done)
     _finish(p, model, state, shards, partial, time.perf_counter() - began)
     _publish(partial, target)
+
+
+def _taken_up(p: Extract, target: Path) -> bool:
+    """Give a finished store its manifest back, where all else is there and is what was written.
+
+    Snakemake removes its outputs, the manifest among them, before it runs an interrupted job again.
+    """
+    with contextlib.suppress(runs.RunError, OSError, KeyError, TypeError):
+        kept = runs.read_json(target / "finished.json")
+        same = (kept["provenance"]["library"], kept["model"]["identity"]) == (
+            runs.library_digest(), language_model.describe(p.model).identity)
+        if same:
+            Store(target, manifest=kept).verify()
+            runs.write_json(target / "manifest.json", kept)
+            print(f"activations/{target.name}: finished before, every shard as it was written", flush=True)
+            return True
+    return False
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -242,6 +284,7 @@ def _finish(p: Extract, model: LanguageModel, state: dict, shards: dict[str, lis
                 "examples": state["examples"], "seconds": {"model": working, "last_session": seconds},
                 "tokens_per_second": every / max(working, 1e-9),
                 "provenance": runs.provenance(threads=torch.get_num_threads(), device=str(model.device))}
+    runs.write_json(partial / "finished.json", manifest)
     runs.write_json(partial / "manifest.json", manifest)
     for note in [*partial.glob("train-*.json"), *partial.glob("heldout-*.json"), partial / "state.json"]:
         note.unlink(missing_ok=True)

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sae_lib import params, runs
+from sae_lib.data.manifest import told_by
 
-FORMAT = 1
 COLUMNS = ("token", "document", "block", "position")
 
 
@@ -67,22 +67,16 @@ def order_of(rows: Batch, order: str, draw: torch.Generator) -> torch.Tensor:
 class Store:
     """A finished store of activations."""
 
-    def __init__(self, path: Path, buffer_mb: int = 2048):
+    def __init__(self, path: Path, buffer_mb: int = 2048, manifest: dict | None = None):
         """Open a folder. Raises RunError naming what is missing or damaged; shards are hashed when first read."""
         self.path, self.buffer_mb = Path(path), buffer_mb
-        self.manifest = runs.read_json(self.path / "manifest.json")
-        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
-            raise runs.RunError(f"{self.path / 'manifest.json'}: not a store of format {FORMAT}; "
-                                "delete the folder and run 01_extract again")
-        try:
-            self._shards = {split: self.manifest["shards"][split] for split in ("train", "heldout")}
-            self.content_hash: str = self.manifest["content_hash"]
-            self.d_in, self.scale = int(self.manifest["d_in"]), float(self.manifest["scale"])
-            self.mean = torch.tensor(self.manifest["mean"], dtype=torch.float32)
-            self.n_train, self.n_heldout = (sum(s["rows"] for s in self._shards[k]) for k in ("train", "heldout"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise runs.RunError(f"{self.path / 'manifest.json'}: damaged ({type(error).__name__}: {error}); "
-                                "delete the folder and run 01_extract again") from None
+        self.manifest = runs.read_json(self.path / "manifest.json") if manifest is None else manifest
+        told = told_by(self.manifest, self.path / "manifest.json")
+        self._shards = told.shards.model_dump()
+        self.content_hash, self.d_in, self.scale = told.content_hash, told.d_in, told.scale
+        self.mean = torch.tensor(told.mean, dtype=torch.float32)
+        """(D,) of the training rows."""
+        self.n_train, self.n_heldout = (sum(s["rows"] for s in self._shards[k]) for k in ("train", "heldout"))
         for shard in (*self._shards["train"], *self._shards["heldout"]):
             if not (self.path / shard["file"]).is_file():
                 raise self._damaged(shard["file"], "missing")
@@ -135,8 +129,11 @@ class Store:
 
     def heldout_texts(self) -> list[str]:
         """Whole texts of the held-out documents."""
-        lines = (self.path / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
-        return [json.loads(line)["text"] for line in lines if line]
+        try:
+            lines = (self.path / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+            return [json.loads(line)["text"] for line in lines if line]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._damaged("heldout.jsonl", str(error)) from None
 
     def verify(self) -> None:
         """Hash every shard. Raises RunError naming the first that is not what was written."""
@@ -162,12 +159,15 @@ class Store:
     def _groups(self, epoch: int, seed: int) -> list[list[int]]:
         """Shards drawn together, as many as the buffer holds; all in one where the store fits."""
         shards = self._shards["train"]
-        size = sum((self.path / s["file"]).stat().st_size for s in shards)
+        size = sum(self._bytes(shard) for shard in shards)
         groups = min(-(-size // (self.buffer_mb << 20)), len(shards))
         if groups <= 1:
             return [list(range(len(shards)))]
         drawn = torch.randperm(len(shards), generator=generator(seed, epoch, "shards")).numpy()
         return [sorted(part.tolist()) for part in np.array_split(drawn, groups)]
+
+    def _bytes(self, shard: dict) -> int:
+        return (self.path / shard["file"]).stat().st_size
 
     def _hold(self, group: list[int]) -> Batch:
         if len(group) < len(self._shards["train"]):
@@ -181,24 +181,35 @@ class Store:
         shards = [self._shards[split][i] for i in group]
         total = sum(shard["rows"] for shard in shards)
         total = total if limit is None else min(limit, total)
-        dtype = getattr(torch, self.manifest["dtype"])
+        dtype, at = getattr(torch, self.manifest["dtype"]), 0
+        for shard in shards:  # before memory is asked for
+            if at < total:
+                self._check(shard)
+                if shard["rows"] * self.d_in * dtype.itemsize > self._bytes(shard):
+                    raise self._damaged(shard["file"], f"too short for the manifest's {shard['rows']} rows")
+            at += shard["rows"]
         rows = Batch(torch.empty(total, self.d_in, dtype=dtype), *(torch.empty(total, dtype=torch.int32)
                                                                    for _ in COLUMNS))
         at = 0
         for shard in shards:
             if at >= total:
                 break
-            self._check(shard)
             end = min(at + shard["rows"], total)
-            with self._opened(shard["file"]) as file:
-                for name, column in zip(Batch._fields, rows):
-                    column[at:end] = file.get_tensor(name)[:end - at]
+            try:
+                with self._opened(shard["file"]) as file:
+                    for name, column in zip(Batch._fields, rows):
+                        column[at:end] = file.get_tensor(name)[:end - at]
+            except (SafetensorError, RuntimeError) as error:
+                raise error if isinstance(error, runs.RunError) else self._damaged(shard["file"], str(error)) from None
             at = end
         return rows
 
     def _blocks(self, name: str) -> torch.Tensor:
-        with self._opened("blocks.safetensors") as file:
-            return file.get_tensor(name)
+        try:
+            with self._opened("blocks.safetensors") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise self._damaged("blocks.safetensors", str(error)) from None
 
     def _opened(self, name: str):
         try:

@@ -6,8 +6,8 @@ names that no stage knows. Nothing here imports torch or transformers: planning 
 
 from sae_lib.params.checking import ParameterError, check, load_yaml, nearest, read
 from sae_lib.params.naming import ALIASES, EXTRACT_INPUTS, activations_name, digest, local_path
-from sae_lib.params.stages import STAGES, VOCABULARY, Common, Compare, Evaluate, Extract, Train
+from sae_lib.params.stages import STAGES, VOCABULARY, Common, Compare, Evaluate, Extract, Letters, Train
 
-__all__ = ["ALIASES", "EXTRACT_INPUTS", "STAGES", "VOCABULARY", "Common", "Compare", "Evaluate", "Extract",
+__all__ = ["ALIASES", "EXTRACT_INPUTS", "STAGES", "VOCABULARY", "Common", "Compare", "Evaluate", "Extract", "Letters",
            "ParameterError", "Train", "activations_name", "check", "digest", "load_yaml", "local_path", "nearest",
            "read"]

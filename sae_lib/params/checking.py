@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def check(stage: str, values: dict[str, Any], origin: str | dict[str, str] = "pa
 
     for key in values:
         if key not in VOCABULARY:
-            raise ParameterError(f"{where(key)}: unknown parameter '{key}'{nearest(key, VOCABULARY)}")
+            raise ParameterError(f"{where(key)}: unknown parameter '{key}'{nearest(str(key), VOCABULARY)}")
     try:
         return kind(**{key: value for key, value in values.items() if key in kind.model_fields})
     except ValidationError as error:
@@ -44,8 +45,11 @@ def check(stage: str, values: dict[str, Any], origin: str | dict[str, str] = "pa
 
 def nearest(key: str, known) -> str:
     """The sentence that offers the nearest known name, or nothing."""
-    match = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    def likeness(name: str) -> tuple[float, int]:  # of two that are equally like, the one that begins alike
+        return difflib.SequenceMatcher(None, name, key).ratio(), len(os.path.commonprefix([name, key]))
+
+    best = max(sorted(known), key=likeness, default="")
+    return f"; did you mean '{best}'?" if likeness(best)[0] >= 0.6 else ""
 
 
 def read(stage: str, namespace: dict[str, Any]) -> Common:
@@ -76,8 +80,11 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise ParameterError(f"{path}: cannot be read ({error.strerror}); known here: {', '.join(known)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
+    if not isinstance({} if values is None else values, dict):
         raise ParameterError(f"{path}: a mapping of names to values is wanted, not a {type(values).__name__}")
+    for key in values or {}:
+        if not isinstance(key, str):
+            raise ParameterError(f"{path}: {key!r}: names are words, not a {type(key).__name__}")
     return values or {}

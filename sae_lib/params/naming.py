@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sae_lib.params.checking import ParameterError
 from sae_lib.params.stages import Extract
 
 
@@ -36,8 +37,11 @@ def local_path(name: str) -> Path | None:
 
     JupyterLab runs a notebook in its own folder, papermill in the caller's: both must find the same file.
     """
-    places = (Path(name).expanduser(), Path(__file__).resolve().parents[2] / name)
-    return None if name in ALIASES else next((place.resolve() for place in places if place.exists()), None)
+    try:
+        places = (Path(name).expanduser(), Path(__file__).resolve().parents[2] / name)
+        return None if name in ALIASES else next((place.resolve() for place in places if place.exists()), None)
+    except (OSError, RuntimeError, ValueError):  # too long to be a path, no such user's home, a folder kept from us
+        return None
 
 
 def _local_sources(p: Extract) -> dict[str, Path]:
@@ -49,7 +53,11 @@ def _folder_digest(path: Path) -> str:
     """Hash of a local model's or corpus' bytes, so that changed content is another store."""
     total = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()):
-        total.update(file.name.encode())
-        with file.open("rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
+        total.update(file.name.encode("utf-8", "surrogateescape"))
+        try:
+            with file.open("rb") as handle:
+                total.update(hashlib.file_digest(handle, "sha256").digest())
+        except OSError as error:
+            raise ParameterError(f"{file}: cannot be read ({error.strerror}); model and corpus must be readable "
+                                 "files") from None
     return total.hexdigest()

@@ -75,8 +75,8 @@ class Extract(Common):
     @field_validator("corpus")
     @classmethod
     def _weights_are_positive(cls, value):
-        if isinstance(value, dict) and (not value or min(value.values()) <= 0):
-            raise ValueError("every weight must be above 0")
+        if isinstance(value, dict) and (not value or not all(0 < weight < float("inf") for weight in value.values())):
+            raise ValueError("every weight must be above 0 and finite")
         return value
 
 
@@ -89,6 +89,8 @@ class Train(Extract):
     """A store's folder; auto finds the one that 01 wrote for the same parameters."""
     architecture: str = "topk"
     """topk or standard."""
+    initial_encoder: Literal["tied", "random"] = "tied"
+    """The decoder's copy, or rows of its own (random; a null baseline where samples is 0)."""
     d_sae: int = Field(4096, ge=1)
     """Latents, F."""
     k: int = Field(32, ge=1)
@@ -127,6 +129,8 @@ class Train(Extract):
     """Samples without firing after which the validity gate calls a latent dead."""
     log_points: int = Field(100, ge=2)
     """Rows of the history, evenly spaced."""
+    checkpoint_every: int = Field(200, ge=0)
+    """Steps between checkpoints, which a run of the same parameters goes on from; 0 writes none."""
     stop_after_steps: int | None = Field(None, ge=0)
     """Cut the run after so many steps, as an interruption would: the run is then invalid."""
 
@@ -155,6 +159,36 @@ class Evaluate(Common):
     """The model that evaluates; None takes the one that the SAE was trained on."""
     layer: int | None = Field(None, ge=0)
     """The layer that is evaluated; None takes the one that the SAE was trained on."""
+    sae: str | None = None
+    """Folder of an SAE made elsewhere (SAELens, dictionary_learning, sparsify); None takes the run's own."""
+    activations: str = "auto"
+    """With `sae`: the store whose held-out part it is measured on; auto finds the one of the model and layer."""
+
+
+class Letters(Common):
+    """04_letter_absorption: SAEBench's first-letter absorption of one SAE, per letter and word."""
+
+    absorption_preset: Literal["smoke", "default", "paper"] = "default"
+    """default, smoke (a quick look), or paper (every word, and no cap)."""
+    absorption_seeds: list[int] = Field([42], min_length=1)
+    """Seeds of the evaluation itself: prompts, split of the words, probes."""
+    absorption_words_per_letter: int = Field(250, ge=20)
+    """Words of a letter at most, training and test."""
+    model: str | None = None
+    """The model that evaluates; None takes the one that the SAE was trained on."""
+    layer: int | None = Field(None, ge=0)
+    """The layer that is evaluated; None takes the one that the SAE was trained on."""
+    sae: str | None = None
+    """Folder of an SAE made elsewhere (SAELens, dictionary_learning, sparsify); None takes the run's own."""
+    activations: str = "auto"
+    """With `sae`: the store whose held-out part it is measured on; auto finds the one of the model and layer."""
+
+    @field_validator("absorption_seeds")
+    @classmethod
+    def _seeds_differ(cls, value):
+        if len(set(value)) < len(value) or min(value) < 0 or max(value) >= 2**32:
+            raise ValueError("seeds from 0 to 4294967295 are wanted, each once")
+        return value
 
 
 class Compare(Common):
@@ -168,5 +202,6 @@ class Compare(Common):
     """The variant that others are compared with."""
 
 
-STAGES: dict[str, type[Common]] = {"extract": Extract, "train": Train, "eval": Evaluate, "compare": Compare}
+STAGES: dict[str, type[Common]] = {"extract": Extract, "train": Train, "eval": Evaluate, "letters": Letters,
+                                 "compare": Compare}
 VOCABULARY = {name for stage in STAGES.values() for name in stage.model_fields}

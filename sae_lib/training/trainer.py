@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lib import runs
+from sae_lib import presence, runs
 from sae_lib.data.store import generator
 from sae_lib.params import Train
 from sae_lib.progress import Progress
 from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
-from sae_lib.training import measure, terms
+from sae_lib.training import checkpoint, measure, terms
 from sae_lib.training.ingredients import Ingredient, configured, load_sae
 from sae_lib.training.schedules import learning_rate_factor
 
@@ -36,17 +37,18 @@ class Result(NamedTuple):
 def train(p: Train, source, run: runs.Run) -> Result:
     """Train the variant that ``p`` names on ``source`` and write the run's folder.
 
-    Raises ParameterError before any work for what cannot be; a fault on the way is recorded as ``failed``.
+    Goes on from a checkpoint of the same parameters where an earlier training left one. Raises ParameterError before
+    any work for what cannot be; a fault on the way is recorded as ``failed``.
     """
-    with run.stage("02_train_variant"):
+    with presence.alone(run.path, f"run '{run.name}'"), run.stage("02_train_variant"):
         trainer = Trainer(p, source)
-        began = time.perf_counter()
-        trainer.fit()
+        checkpoint.resume(trainer, run.path / "checkpoints")
+        trainer.fit(run.path / "checkpoints")
         sae = trainer.saved(run)
         history = pd.DataFrame(trainer.rows)
         with runs.whole(run.path / "history.parquet") as temporary:
             history.to_parquet(temporary)
-        report = trainer.report(sae, time.perf_counter() - began)
+        report = trainer.report(sae)
         runs.write_json(run.path / "training.json", report)
         runs.write_json(run.path / "provenance.json", report["provenance"])
     return Result(sae, history, report)
@@ -69,7 +71,7 @@ class Trainer:
         sample = next(iter(source.batches(first, first, order="shuffled", seed=p.seed))).x * source.scale
         self.sae = SparseAutoencoder.initialise(p.d_sae, measure.geometric_median(sample),
                                                 architecture.from_params(p, source.d_in),
-                                                generator(p.seed, "weights")).to(self.device)
+                                                generator(p.seed, "weights"), p.initial_encoder).to(self.device)
         self.ingredients = [kind(config, source.d_in, p.d_sae, generator(p.seed, kind.name)) for kind, config in parts]
         self.sae.hooks = [part for part in self.ingredients if part.changes_forward]
         dense = any(part.needs & {"pre_acts", "dense"} for part in self.ingredients)
@@ -81,16 +83,27 @@ class Trainer:
         """(F,) samples since each latent fired."""
         self.rows: list[dict[str, float]] = []
         self.step, self.nonfinite, self.waited, self.busy = 0, None, 0.0, 0.0
+        self.before, self.began = 0.0, time.perf_counter()
+        self.resumed_at: list[int] = []
+        """Steps at which the training went on from a checkpoint."""
         self.untrained = measure.heldout(self.sae.folded(source.scale), source.heldout().x, source.scale)
 
-    def fit(self) -> None:
-        """Run the steps that are left. Ends early on a non-finite loss, a stop by hand, or ``stop_after_steps``."""
+    def seconds(self) -> float:
+        """Time of training so far, earlier sessions counted as far as their checkpoint."""
+        return self.before + time.perf_counter() - self.began
+
+    def fit(self, checkpoints: Path | None = None) -> None:
+        """Run the steps that are left, writing to ``checkpoints`` on the way.
+
+        Ends early on a non-finite loss, a stop by hand, or ``stop_after_steps``.
+        """
         p = self.p
         last = self.total_steps if p.stop_after_steps is None else min(self.total_steps, p.stop_after_steps)
         every = max(1, self.total_steps // p.log_points)
-        batches = self.source.batches(p.batch_size, last * p.batch_size, order=p.order, seed=p.seed)
+        batches = self.source.batches(p.batch_size, last * p.batch_size, order=p.order, seed=p.seed, start=self.step)
         try:
-            with Progress(last * p.batch_size, f"training {p.run}", p.mode, "samples") as bar:
+            with Progress(last * p.batch_size, f"training {p.run}", p.mode, "samples",
+                          initial=self.step * p.batch_size) as bar:
                 while self.step < last and not self.nonfinite:
                     began = time.perf_counter()
                     batch = next(batches)
@@ -99,8 +112,12 @@ class Trainer:
                     self.waited += ready - began
                     self.busy += time.perf_counter() - ready
                     bar.advance(p.batch_size, self._headline())
+                    due = checkpoints and p.checkpoint_every and self.step % p.checkpoint_every == 0
+                    if due and self.step < last and not self.nonfinite:
+                        checkpoint.save(self, checkpoints)
         except KeyboardInterrupt:
-            print(f"stopped by hand after {self.step} of {self.total_steps} steps")
+            kept = "; its checkpoints are kept, and training again goes on from them" if checkpoints else ""
+            print(f"stopped by hand after {self.step} of {self.total_steps} steps{kept}")
 
     def one_step(self, batch, log: bool = False) -> None:
         """Forward, terms, backward, projections, Adam, normalisation, counters; a history row where asked."""
@@ -170,7 +187,7 @@ class Trainer:
         sae.save(run.path / "sae")
         return load_sae(run.path / "sae")
 
-    def report(self, sae: SparseAutoencoder, seconds: float) -> dict[str, Any]:
+    def report(self, sae: SparseAutoencoder) -> dict[str, Any]:
         """What training knows, measured on the saved SAE: the content of training.json."""
         x, manifest = self.source.heldout().x, self.source.manifest
         last = self.rows[-1] if self.rows else {}
@@ -186,7 +203,8 @@ class Trainer:
                 "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": self.p.hook,
                 "model_identity": manifest["model"]["identity"],
                 "activations": {"name": self.source.name, "content_hash": self.source.content_hash},
-                "seconds": seconds, "data_wait_share": self.waited / max(self.waited + self.busy, 1e-9),
+                "seconds": self.seconds(), "resumed_at": self.resumed_at,
+                "data_wait_share": self.waited / max(self.waited + self.busy, 1e-9),
                 "ingredients": [part.describe() for part in self.ingredients],
                 "provenance": runs.provenance(stage="02_train_variant", seed=self.p.seed, device=self.device,
                                               threads=torch.get_num_threads(),

@@ -20,6 +20,7 @@ from sae_lib.params import ParameterError, nearest
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.codes import Codes
 from sae_lib.sae.context import Context
+from sae_lib.sae.row_norms import RowNorms
 from sae_lib.training.schedules import Schedule
 
 REGISTRY: dict[str, type[Ingredient]] = {}
@@ -145,6 +146,9 @@ def load_sae(folder: Path) -> SparseAutoencoder:
     def make(descriptions, state, d_in, d_sae):
         hooks = []
         for entry in descriptions:
+            if entry["name"] == RowNorms.name:  # of an SAE made elsewhere; nothing that training adds
+                hooks.append(RowNorms(state["row_norms.norms"]))
+                continue
             kind = REGISTRY[entry["name"]]
             hook = kind(kind.Config(**{k: v for k, v in entry.items() if k != "name"}), d_in, d_sae)
             prefix = f"{hook.name}."
