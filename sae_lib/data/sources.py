@@ -111,13 +111,16 @@ def _local(path: Path, p: Extract) -> Iterator[str]:
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         yield from _saved_dataset(path, p)
         return
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
     if not files or files[0].suffix not in SUFFIXES:
         raise ParameterError(f"corpus: {path} holds no text that can be read; wanted {', '.join(SUFFIXES)} files, a "
                              "folder of them, or a folder that datasets' save_to_disk wrote")
     readers = {".txt": _text_file, ".jsonl": _jsonl_file, ".parquet": _parquet_file}
     for file in files:
-        yield from readers[file.suffix](file, p)
+        try:
+            yield from readers[file.suffix](file, p)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParameterError(f"corpus: {file} cannot be read ({error})") from None
 
 
 def _text_file(file: Path, _: Extract) -> Iterator[str]:
@@ -150,19 +153,22 @@ def _parquet_file(file: Path, p: Extract) -> Iterator[str]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowException as error:
+        if p.corpus_column not in table.schema_arrow.names:
+            _text_of(dict.fromkeys(table.schema_arrow.names), p, str(file))
+        for batch in table.iter_batches(batch_size=1024, columns=[p.corpus_column]):
+            for value in batch.column(0).to_pylist():
+                yield _text_of({p.corpus_column: value}, p, str(file))
+    except (pyarrow.ArrowException, OSError) as error:
         raise ParameterError(f"corpus: {file} is not a whole parquet file ({error})") from None
-    if p.corpus_column not in table.schema_arrow.names:
-        _text_of(dict.fromkeys(table.schema_arrow.names), p, str(file))
-    for batch in table.iter_batches(batch_size=1024, columns=[p.corpus_column]):
-        for value in batch.column(0).to_pylist():
-            yield _text_of({p.corpus_column: value}, p, str(file))
 
 
 def _saved_dataset(path: Path, p: Extract) -> Iterator[str]:
     import datasets
 
-    found = datasets.load_from_disk(str(path))
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged one raises a dozen kinds
+        raise ParameterError(f"corpus: {path} is not a whole data set that save_to_disk wrote ({error})") from None
     if isinstance(found, datasets.DatasetDict):
         if p.corpus_split not in found:
             raise ParameterError(f"corpus_split: {path} has no split '{p.corpus_split}'; it has {', '.join(found)}")

@@ -16,7 +16,8 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.data import capture, corpus, language_model
-from sae_lib.data.store import FORMAT, Batch, generator, join, order_of
+from sae_lib.data.manifest import FORMAT
+from sae_lib.data.store import Batch, generator, join, order_of
 from sae_lib.params import Extract
 from sae_lib.progress import progress
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sae_lib import params, runs
-from sae_lib.evaluation import validity
+from sae_lib.evaluation import foreign_run, validity
 
 
 def trained(run: runs.Run) -> params.Train:
@@ -16,9 +16,11 @@ def trained(run: runs.Run) -> params.Train:
 def evaluate(p: params.Evaluate) -> dict[str, Any]:
     """Run ``p.evals`` on the run's SAE on held-out text; write evals/*.json and validity.json; return them by name.
 
+    With ``p.sae`` the SAE of that folder, made elsewhere, becomes the run first.
+
     An SAE whose weights are not finite is not evaluated: it is invalid already, and every figure would be NaN.
     """
-    run = runs.Run(p.run)
+    run = foreign_run.bring_in(p) if p.sae else runs.Run(p.run)
     with run.stage("03_eval"):
         asked = trained(run)
         verdict = validity.update(run)

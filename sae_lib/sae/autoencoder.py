@@ -41,11 +41,16 @@ class SparseAutoencoder(nn.Module):
         self.metadata: dict[str, Any] = {}
 
     @classmethod
-    def initialise(cls, d_sae: int, b_dec: Tensor, architecture, generator: torch.Generator) -> SparseAutoencoder:
-        """Random unit decoder rows, the encoder their copy, ``b_dec`` (D,) as given, ``b_enc`` zero."""
-        rows = torch.randn(d_sae, len(b_dec), generator=generator)
-        rows = nn.functional.normalize(rows, dim=1)
-        return cls(rows.clone(), torch.zeros(d_sae), rows, b_dec.clone(), architecture)
+    def initialise(cls, d_sae: int, b_dec: Tensor, architecture, generator: torch.Generator,
+                   encoder: str = "tied") -> SparseAutoencoder:
+        """Random unit decoder rows, ``b_dec`` (D,) as given, ``b_enc`` zero.
+
+        The encoder is the decoder's copy (``tied``), or unit rows of its own (``random``: a null baseline).
+        """
+        rows = nn.functional.normalize(torch.randn(d_sae, len(b_dec), generator=generator), dim=1)
+        others = nn.functional.normalize(torch.randn(d_sae, len(b_dec), generator=generator), dim=1)
+        return cls(others if encoder == "random" else rows.clone(), torch.zeros(d_sae), rows, b_dec.clone(),
+                   architecture)
 
     @property
     def d_in(self) -> int:
@@ -139,23 +144,43 @@ class SparseAutoencoder(nn.Module):
         """
         folder = Path(folder)
         cfg = read_json(folder / "cfg.json")
-        ours = cfg.get("metadata", {}).get("workbook", {})
-        name = ours.get("architecture", cfg.get("architecture"))
-        if name not in architectures.REGISTRY:
-            raise RunError(f"{folder / 'cfg.json'}: architecture: '{name}' is not known"
-                           f"{nearest(str(name), architectures.REGISTRY)}")
         try:
-            weights = load_file(folder / "sae_weights.safetensors")
-            parts = weights["W_enc"].T.contiguous(), weights["b_enc"], weights["W_dec"], weights["b_dec"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise RunError(f"{folder / 'sae_weights.safetensors'}: cannot be read ({error})") from None
-        kind = architectures.get(name)
-        config = ours.get("config") or {key: cfg[key] for key in kind.uses if key in cfg}
-        sae = cls(*parts, kind(**config), ours.get("input_scale", 1.0))
-        sae.metadata = {key: value for key, value in cfg.get("metadata", {}).items() if key != "workbook"}
-        if ours.get("ingredients"):
-            if make_hooks is None:
-                raise RunError(f"{folder}: ingredients change this SAE's forward pass; load it with training.load_sae")
-            extra = folder / "ingredients.safetensors"
-            sae.hooks = make_hooks(ours["ingredients"], load_file(extra) if extra.exists() else {}, sae.d_in, sae.d_sae)
+            ours = cfg.get("metadata", {}).get("workbook", {})
+            name, scale = ours.get("architecture", cfg.get("architecture")), ours.get("input_scale", 1.0)
+            if not isinstance(name, str) or name not in architectures.REGISTRY:
+                raise RunError(f"{folder / 'cfg.json'}: architecture: '{name}' is not known"
+                               f"{nearest(str(name), architectures.REGISTRY)}")
+            kind, parts = architectures.get(name), _weights(folder / "sae_weights.safetensors")
+            config = ours.get("config") or {key: cfg[key] for key in kind.uses if key in cfg}
+            if not 0 < float(scale) < float("inf") or type(config.get("k", 1)) is not int or (
+                    name == "topk" and not 1 <= config["k"] <= len(parts[0])):
+                raise ValueError(f"k = {config.get('k')}, input_scale = {scale} with {len(parts[0])} latents")
+            sae = cls(*parts, kind(**config), scale)
+            sae.metadata = {key: value for key, value in cfg.get("metadata", {}).items() if key != "workbook"}
+            if ours.get("ingredients"):
+                if make_hooks is None:
+                    raise RunError(f"{folder}: ingredients change this SAE's forward pass; load it with "
+                                   "training.load_sae")
+                extra = folder / "ingredients.safetensors"
+                sae.hooks = make_hooks(ours["ingredients"], load_file(extra) if extra.exists() else {}, sae.d_in,
+                                       sae.d_sae)
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            raise RunError(f"{folder / 'cfg.json'}: damaged, or not of this SAE ({type(error).__name__}: {error})"
+                           ) from None
         return sae.requires_grad_(False)
+
+
+def _weights(file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_enc (F, D), b_enc, W_dec, b_dec of a file whose tensors fit each other."""
+    try:
+        held = load_file(file)
+        parts = held["W_enc"].T.contiguous(), held["b_enc"], held["W_dec"], held["b_dec"]
+        shapes = [tuple(part.shape) for part in parts]
+        d_sae, d_in = shapes[0]
+        if shapes != [(d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,)] or not d_sae * d_in:
+            raise ValueError(f"shapes {shapes} do not fit each other")
+        if any(not part.is_floating_point() for part in parts):
+            raise ValueError(f"{', '.join(str(part.dtype) for part in parts)} are not all floating-point numbers")
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise RunError(f"{file}: cannot be read ({error})") from None
+    return tuple(part.float() for part in parts)
