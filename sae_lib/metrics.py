@@ -50,6 +50,14 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("frac_alive", "Alive latents", 1, "share of latents", "SAEBench core",
            "latents that fire on evaluated tokens"),
     Metric("l2_ratio", "L2 ratio", 0, "ratio", "SAEBench core", "mean |x_hat| / |x|"),
+    Metric("mean_full_absorption_score", "Full absorption", -1, "share of words that the probe knows",
+           "SAEBench absorption", "mean over letters; words where no split latent fires and one other latent, of "
+           "cosine >= 0.025 with the letter's probe, carries >= 0.4 of the activation's projection on it"),
+    Metric("mean_absorption_fraction_score", "Absorption fraction", -1, "share of projection", "SAEBench absorption",
+           "mean over letters and words of a / (a + s): projections on the probe of up to three absorbers (cosine >= "
+           "0.1) and of the split latents; 0 where absorbers carry under 0.4 of the activation's"),
+    Metric("mean_num_split_features", "Split latents", -1, "latents per letter", "SAEBench absorption",
+           "mean over letters; latents of a sparse probe while one more raises its F1 by more than 0.03"),
 )}
 
 

@@ -12,7 +12,8 @@ from sae_lib import params, runs
 ROOMS = ["data", "sae", "training", "evaluation", "views"]
 
 MODULES = sorted((runs.project() / "sae_lib").rglob("*.py"))
-NOTEBOOKS = {"extract": "01_extract", "train": "02_train_variant", "eval": "03_eval", "compare": "05_compare"}
+NOTEBOOKS = {"extract": "01_extract", "train": "02_train_variant", "eval": "03_eval",
+             "letters": "04_letter_absorption", "compare": "05_compare"}
 
 
 def imports(path):
@@ -35,7 +36,7 @@ def test_no_room_imports_one_to_its_right(path):
         if room != "data" or path.name != "language_model.py":
             assert name.split(".")[0] != "transformers" or path.name == "tiny_model.py", f"{path}: {name}"
         if name.split(".")[0] == "sae_bench":
-            assert path.name == "saebench.py", f"{path}: {name}"
+            assert parts[:2] == ("evaluation", "saebench"), f"{path}: {name}"
         if path.name.startswith("figures"):
             assert name.split(".")[0] != "ipywidgets"
 

@@ -10,6 +10,9 @@ import pandas as pd
 from sae_lib import params, runs, studies
 from sae_lib.evaluation import results
 
+LETTER_COLUMNS = ["letter", "kept", "full_absorption", "absorption_fraction", "splits"]
+DRAWN = {"step", "samples", "loss/reconstruction", "explained_variance"}
+
 
 class Comparison(NamedTuple):
     """What the page shows."""
@@ -25,6 +28,8 @@ class Comparison(NamedTuple):
     """Runs that do not compare with the baseline, and why."""
     histories: dict[str, pd.DataFrame]
     """Training history by run."""
+    letters: pd.DataFrame
+    """Full absorption and fraction by run, seed and letter, of the runs that are results."""
 
 
 def compare(p: params.Compare) -> Comparison:
@@ -38,12 +43,38 @@ def compare(p: params.Compare) -> Comparison:
         raise runs.RunError(f"study '{p.study}': no runs in {folder.parent}; run `snakemake --config study={p.study}`")
     table = results.compared(results.collect(names), p.baseline)
     differences = results.differences(table, p.baseline)
-    for name, frame in (("differences", differences), ("table", results.masked(table))):
-        with runs.whole(folder / f"{name}.csv") as temporary:
-            frame.to_csv(temporary, index=False)
+    _export(folder, "differences", differences)
+    _export(folder, "table", results.masked(table))
     histories = {name: history for name in names if (history := _history(name)) is not None}
     apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
-    return Comparison(p.study, folder, table, differences, apart, histories)
+    return Comparison(p.study, folder, table, differences, apart, histories, _letters(table))
+
+
+def _export(folder: Path, name: str, frame: pd.DataFrame) -> None:
+    """The same table as CSV, parquet, LaTeX and Markdown; CSV last, since a batch waits for it."""
+    filled = frame.astype(object).where(frame.notna(), "")
+    texts = {"tex": frame.to_latex(index=False, escape=True, float_format="%.4g", na_rep="--"),
+             "md": filled.to_markdown(index=False, floatfmt=".4g") + "\n"}
+    with runs.whole(folder / f"{name}.parquet") as temporary:
+        frame.to_parquet(temporary, index=False)
+    for ending, text in texts.items():
+        runs.write_text(folder / f"{name}.{ending}", text)
+    with runs.whole(folder / f"{name}.csv") as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def _letters(table: pd.DataFrame) -> pd.DataFrame:
+    """Each kept letter's figures, of the runs whose figures are results."""
+    found = []
+    for name in results.results(table).run:
+        path = runs.folder_of(name) / "evals/absorption_letters.parquet"
+        try:
+            frame = pd.read_parquet(path, columns=LETTER_COLUMNS) if path.exists() else pd.DataFrame()
+        except (OSError, ValueError, TypeError, NotImplementedError):
+            frame = pd.DataFrame()
+        if len(frame):
+            found.append(frame[frame.kept].assign(run=name))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*LETTER_COLUMNS, "run"])
 
 
 def _of_study(study: str) -> list[str]:
@@ -57,8 +88,9 @@ def _of_study(study: str) -> list[str]:
 
 
 def _history(name: str) -> pd.DataFrame | None:
+    """A run's history, or None where there is none that can be drawn."""
     try:
         history = pd.read_parquet(runs.folder_of(name) / "history.parquet")
-    except (OSError, ValueError, params.ParameterError):
+        return history if DRAWN.issubset(history.select_dtypes("number")) else None
+    except (OSError, ValueError, TypeError, NotImplementedError, params.ParameterError):
         return None
-    return history if {"samples", "loss/reconstruction", "explained_variance"} <= set(history) else None

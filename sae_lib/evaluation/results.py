@@ -19,9 +19,11 @@ from sae_lib.metrics import METRICS
 
 TRAINING = ("explained_variance", "mse", "l0", "dead_share", "unused_share", "mean_cos2", "norm_ratio")
 CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
-FIGURES = TRAINING + CORE
+LETTERS = ("mean_full_absorption_score", "mean_absorption_fraction_score", "mean_num_split_features")
+FIGURES = TRAINING + CORE + LETTERS
 L0_TOLERANCE = 0.1
-STATUSES = ("valid", "invalid", "failed")
+NUMBERS, LARGEST = ("seed", "samples", "seconds", "d_sae", "k"), 1e300
+STATES = ("valid", "invalid", "failed", "null")
 
 
 def collect(names: list[str]) -> pd.DataFrame:
@@ -35,11 +37,22 @@ def _row(name: str) -> dict[str, Any]:
     row = {"run": name, "variant": variant_of(name), "status": "failed", "reasons": "", "flags": "", "role": "normal",
            "model": None, "seed": None}
     try:
-        return row | _read(runs.Run(name))
-    except (runs.RunError, params.ParameterError, KeyError, TypeError, AttributeError, ValueError,
+        return row | _plain(_read(runs.Run(name)))
+    except (runs.RunError, params.ParameterError, KeyError, TypeError, AttributeError, ValueError, OSError,
             yaml.YAMLError) as error:
         text = str(error) if isinstance(error, (runs.RunError, params.ParameterError)) else f"damaged: {error!r}"
         return row | {"reasons": text}
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, whose values are words and numbers that a column can hold. Raises ValueError naming another."""
+    for key, value in row.items():
+        number = key in FIGURES or key in NUMBERS or key.startswith(("loss/", "share/"))
+        fine = (int, float) if number else bool if key == "stale" else str
+        switch = isinstance(value, bool) and key != "stale"
+        if value is not None and (switch or not isinstance(value, fine) or (number and abs(value) > LARGEST)):
+            raise ValueError(f"{key} is {str(value)[:40]!r}")
+    return row
 
 
 def _read(run: runs.Run) -> dict[str, Any]:
@@ -48,8 +61,8 @@ def _read(run: runs.Run) -> dict[str, Any]:
     verdict = run.json("validity.json", {"status": "failed", "reasons": ["no verdict: 02 did not end"], "flags": []})
     values, t, core = run.params, run.json("training.json", {}), run.json("evals/core.json", {})
     row = {"status": verdict["status"], "reasons": "; ".join(verdict["reasons"]), "flags": "; ".join(verdict["flags"])}
-    if row["status"] not in STATUSES:
-        raise runs.RunError(f"validity.json: status '{row['status']}' is none of {', '.join(STATUSES)}")
+    if row["status"] not in STATES:
+        raise runs.RunError(f"validity.json: status '{row['status']}' is none of {', '.join(STATES)}")
     if row["status"] == "valid" and not t:
         raise runs.RunError("no training.json: run 02_train_variant again")
     if core and "core" not in verdict.get("checked", ["core"]):
@@ -60,6 +73,9 @@ def _read(run: runs.Run) -> dict[str, Any]:
     row |= {name: t.get(name) for name in TRAINING} | {name: core.get("metrics", {}).get(name) for name in CORE}
     row |= {f"loss/{key}": value for key, value in t.get("final_loss", {}).items()}
     row |= {f"share/{key}": value["median_share"] for key, value in t.get("terms", {}).items()}
+    absorption = run.json("evals/absorption.json", {})
+    row |= {name: absorption.get("metrics", {}).get(name) for name in LETTERS}
+    row["letters"] = absorption.get("config", {}).get("comparable")
     row["evaluation"] = core.get("config", {}).get("comparable")
     row["sae_bench"] = core.get("provenance", {}).get("packages", {}).get("sae-bench")
     row["stale"] = t.get("provenance", {}).get("library") != runs.library_digest()
@@ -90,7 +106,7 @@ def masked(table: pd.DataFrame) -> pd.DataFrame:
 
 
 KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
-       "evaluation": "evaluation", "sae_bench": "sae-bench version"}
+       "evaluation": "evaluation", "letters": "absorption's evaluation", "sae_bench": "sae-bench version"}
 
 
 def why_apart(row: pd.Series, baseline: pd.Series) -> str:

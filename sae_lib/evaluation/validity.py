@@ -18,7 +18,7 @@ class Verdict(NamedTuple):
     """What validity.json holds, beside its provenance."""
 
     status: str
-    """valid, invalid or failed (a fault; written by the stage that broke)."""
+    """valid, invalid, null (a baseline, exempt) or failed (a fault; written by the stage that broke)."""
     reasons: list[str]
     """Why it is not valid, in words."""
     flags: list[str]
@@ -27,20 +27,29 @@ class Verdict(NamedTuple):
     """The stages whose measurements were judged."""
 
 
-def judge(training: dict[str, Any], core: dict[str, Any] | None = None) -> Verdict:
-    """Apply every rule that the measurements at hand allow. Missing or null measures count as not finite."""
+def judge(training: dict[str, Any], core: dict[str, Any] | None = None, role: str = "normal",
+          absorption: dict[str, Any] | None = None) -> Verdict:
+    """Apply every rule that the measurements at hand allow. Missing or null measures count as not finite.
+
+    A null baseline (``role: null``) is exempt: what the rules find is said as flags.
+    """
     reasons = _training_faults(training)
     if core is not None:
         reasons += _core_faults(training, core)
-    return Verdict("invalid" if reasons else "valid", reasons, _flags(training),
-                   ["training"] + (["core"] if core is not None else []))
+    if absorption is not None:
+        reasons += [text for text in _absorption_faults(training, absorption) if text not in reasons]
+    flags = _flags(training) + ([f"absorption: {absorption['note']}"] if (absorption or {}).get("note") else [])
+    checked = ["training"] + ["core"] * (core is not None) + ["absorption"] * (absorption is not None)
+    if role == "null":
+        return Verdict("null", [], [f"null baseline: {text}" for text in reasons] + flags, checked)
+    return Verdict("invalid" if reasons else "valid", reasons, flags, checked)
 
 
 def _training_faults(t: dict[str, Any]) -> list[str]:
     faults = []
     if t["steps"] == 0:
         faults.append("never trained: 0 steps")
-    elif t["steps"] < t["planned_steps"]:
+    elif t["steps"] is not None and t["steps"] < t["planned_steps"]:
         faults.append(f"fewer steps than planned: {t['steps']} of {t['planned_steps']}")
     if t["nonfinite"]:
         faults.append(f"not finite: {t['nonfinite']}")
@@ -75,14 +84,24 @@ def _core_faults(t: dict[str, Any], core: dict[str, Any]) -> list[str]:
         faults.append(f"cross-entropy recovered {recovered:.3f} is not above 0, what removing the activation scores")
     if metrics.get("l0") is not None and metrics["l0"] < EMPTY_L0 <= (t["l0"] or 0):
         faults.append(f"mean L0 is {metrics['l0']:.2g} in SAEBench core")
-    for key, what in (("model_identity", "model"), ("hook", "hook"), ("d_sae", "width")):
-        if config.get(key) != t.get(key):
-            faults.append(f"evaluated {what} '{config.get(key)}' is not the trained one '{t.get(key)}'")
-    return faults
+    return faults + _other_than_trained(t, config)
+
+
+def _absorption_faults(t: dict[str, Any], absorption: dict[str, Any]) -> list[str]:
+    l0, faults = absorption["l0_words"], []
+    if l0 is None or l0 < EMPTY_L0 <= (t["l0"] or 0):
+        faults.append("not finite: L0 on words" if l0 is None else f"mean L0 on first-letter words is {l0:.2g}")
+    return faults + _other_than_trained(t, absorption["config"])
+
+
+def _other_than_trained(t: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    return [f"evaluated {what} '{config.get(key)}' is not the trained one '{t.get(key)}'"
+            for key, what in (("model_identity", "model"), ("hook", "hook"), ("d_sae", "width"))
+            if config.get(key) != t.get(key)]
 
 
 def _flags(t: dict[str, Any]) -> list[str]:
-    flags = []
+    flags = list(t.get("notes", []))
     if t["l0"] is not None and t["l0"] > t["d_in"] / 2:
         flags.append(f"not sparse: L0 {t['l0']:.0f} is above half the model's width ({t['d_in']})")
     for name, term in t["terms"].items():
@@ -105,15 +124,22 @@ def update(run: runs.Run) -> Verdict:
     training = run.json("training.json")
     if training is None:
         raise runs.RunError(f"run '{run.name}': no training.json in {run.path}; run 02_train_variant first")
-    verdict = judge(training, run.json("evals/core.json"))
-    runs.write_json(run.path / "validity.json", {**verdict._asdict(), "role": run.params.get("role", "normal"),
-                                                 "provenance": runs.provenance()})
+    role = run.params.get("role", "normal")
+    measured = run.json("evals/core.json"), run.json("evals/absorption.json")
+    try:
+        verdict = judge(training, measured[0], role, measured[1])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise runs.RunError(f"{run.path}: training.json, evals/core.json or evals/absorption.json is damaged "
+                            f"({error!r}); run their notebooks again") from None
+    runs.write_json(run.path / "validity.json", {**verdict._asdict(), "role": role, "provenance": runs.provenance()})
     return verdict
 
 
 def sentence(verdict: Verdict) -> str:
     """The verdict as a reader sees it at the top of 02's and 03's page."""
     text = f"**{verdict.status}**"
+    if verdict.status == "null":
+        text += " – a baseline, exempt from the gate and shown apart"
     if verdict.reasons:
         text += " – " + "; ".join(verdict.reasons)
     if verdict.flags:

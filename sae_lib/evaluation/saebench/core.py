@@ -14,7 +14,6 @@ import logging
 import random
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +21,15 @@ import torch
 from torch import Tensor
 
 from sae_lib import metrics, runs
-from sae_lib.data.language_model import import_transformers, parse_hook
+from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.rerun import Rerun, file_of
+from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
 from sae_lib.params import ParameterError, digest
 from sae_lib.runs import RunError
 
 SEED = 42
 """Order of the held-out documents; SAEBench shuffles what it is given by the same number."""
-UNIT_NORM_TOLERANCE = 1e-4
 VARIANCE_ROWS = 32_768
 """Tokens that explained variance is computed on, at most: it holds activations and reconstructions at once."""
 NOT_COMPARABLE = ("explained_variance", "mse")
@@ -72,9 +71,9 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     batches, available = fit(asked, len(blocks), context), len(blocks)
     blocks = blocks[:batches.blocks]
     model = Rerun(to_hooked(lm), lm.hook, file_of(lm, blocks))
-    wrapped = _wrap(sae, lm, model, context)
+    wrapped = wrap(sae, lm.name, lm.hook, device=lm.device, dtype=lm.dtype, context=context, seen=Seen(model))
     setup = time.perf_counter() - start
-    with _settings(threads), tempfile.TemporaryDirectory() as folder:
+    with settings(threads), tempfile.TemporaryDirectory() as folder:
         result, raw = _multiple_evals(wrapped, model, blocks, batches, context, folder)
     model.save()
 
@@ -126,13 +125,7 @@ def _check(sae, lm, preset: str, context: int) -> None:
     limit = lm.hf.config.max_position_embeddings
     if not 2 <= context <= limit:
         raise ParameterError(f"context: {context}, but {lm.name} reads 2 to {limit} tokens")
-    if sae.d_in != lm.d_model:
-        raise ParameterError(f"the SAE is for width {sae.d_in}, {lm.name} has {lm.d_model}: not the model it was "
-                             "trained on")
-    off = (sae.W_dec.detach().float().norm(dim=1) - 1).abs()
-    if not bool((off <= UNIT_NORM_TOLERANCE).all()):
-        raise ParameterError(f"{int((~(off <= UNIT_NORM_TOLERANCE)).sum())} of {len(off)} decoder rows are not of unit "
-                             f"norm (by up to {float(off.max()):.1e}); fold the norms into the code first")
+    check_sae(sae, lm.name, lm.d_model)
 
 
 def _blocks(lm, texts: list[str], wanted: Batches, context: int) -> Tensor:
@@ -187,67 +180,6 @@ class Seen:
         return torch.cat(self.inputs), torch.cat(self.outputs), self.positions
 
 
-def _wrap(sae, lm, model, context: int):
-    """Our SAE as SAEBench's BaseSAE: latents by our own code in float32, weights in its layout for its statistics."""
-    from sae_bench.custom_saes.base_sae import BaseSAE
-
-    class Wrapped(BaseSAE):
-        def __init__(self):
-            layer, _ = parse_hook(lm.hook)
-            super().__init__(sae.d_in, sae.d_sae, lm.name, layer, lm.device, lm.dtype, lm.hook)
-            with torch.no_grad():
-                for name in ("b_enc", "W_dec", "b_dec"):
-                    getattr(self, name).copy_(getattr(sae, name))
-                self.W_enc.copy_(sae.W_enc.T)
-            self.cfg.architecture = sae.architecture.name
-            self.cfg.context_size = context
-            self.cfg.device = str(lm.device)
-            self.seen = Seen(model)
-            self.inner = [sae.to(lm.device)]  # in a list: SAEBench's casts must not reach it
-
-        def encode(self, x):
-            self.seen.encoded(x)
-            return self.inner[0].encode(x.float().flatten(0, -2)).unflatten(0, x.shape[:-1])
-
-        def decode(self, feature_acts):
-            x_hat = self.inner[0].decode(feature_acts.flatten(0, -2)).unflatten(0, feature_acts.shape[:-1])
-            self.seen.decoded(x_hat)
-            return x_hat.to(self.dtype)
-
-        def forward(self, x):
-            return self.decode(self.encode(x))
-
-    return Wrapped()
-
-
-@contextlib.contextmanager
-def _settings(threads: int):
-    """Threads as asked, then everything that SAEBench may leave behind as it was."""
-    grad, before = torch.is_grad_enabled(), torch.get_num_threads()
-    try:
-        if threads:
-            torch.set_num_threads(threads)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _in_place(module, **names):
-    """Rebind names of a module, and put them back whatever happens."""
-    before = {name: getattr(module, name) for name in names}
-    try:
-        for name, value in names.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
-
-
 def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: int, folder: str):
     """SAEBench's own run on our model and blocks: its result and the JSON that it wrote."""
     import datasets
@@ -268,7 +200,7 @@ def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: i
     listener = logging.StreamHandler(said)
     main.logger.addHandler(listener)
     try:
-        with (_in_place(main, HookedTransformer=Model, ActivationsStore=Store),
+        with (in_place(main, HookedTransformer=Model, ActivationsStore=Store),
               contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)):
             results = main.multiple_evals(
                 [("workbook", wrapped)], batches.reconstruction, batches.sparsity, batches.rows,
