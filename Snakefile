@@ -3,10 +3,12 @@
 # evaluation's parameter re-runs the evaluation alone. Data are outputs; executed notebooks are logs, kept after a
 # failure. `--config refresh=true` also re-runs what an older version of the library made.
 import json
+import os
+import subprocess
 
 import nbformat
 
-from sae_lib import params, runs, studies
+from sae_lib import params, presence, runs, studies
 
 STUDY = config.get("study", "quickstart")
 HOME = runs.home()
@@ -14,12 +16,28 @@ MEMBERS = {member.name: member for member in studies.expand(STUDY)}
 STORES = {}
 for member in MEMBERS.values():
     asked = params.check("extract", member.params, member.origin)
-    if asked.store == "disk":
+    if asked.store == "disk" and member.params.get("activations", "auto") == "auto":
         STORES.setdefault(params.activations_name(asked), member)
 if workflow.is_main_process:
     studies.check_ingredients(MEMBERS.values())
+HELD = []
 
-NOTEBOOKS = {"extract": "01_extract", "train": "02_train_variant", "eval": "03_eval", "compare": "05_compare"}
+
+onstart:
+    # One snakemake at a time on a study; its jobs end when it does, however it ends (sae_lib.presence).
+    HELD.append(presence.hold(HOME / "runs" / STUDY, f"study '{STUDY}'"))
+    os.environ[presence.ENGINE] = str(os.getpid())
+
+
+onerror:
+    # Runs that failed are rows of the comparison, never its end: it is made of whatever is there.
+    if workflow.is_main_process and any((HOME / "runs" / name).exists() for name in MEMBERS):
+        print("some jobs failed; comparing what is there")
+        compare_what_is_there()
+
+
+NOTEBOOKS = {"extract": "01_extract", "train": "02_train_variant", "eval": "03_eval",
+             "letters": "04_letter_absorption", "compare": "05_compare"}
 # Runs of a study share the cores: each trains on its part, all at once.
 SHARE = max(1, workflow.cores // max(1, len(MEMBERS))) if workflow.cores else 1
 
@@ -44,13 +62,26 @@ def given(stage, values):
 
 def store_of(member):
     asked = params.check("extract", member.params, member.origin)
-    return [f"{HOME}/activations/{params.activations_name(asked)}/manifest.json"] if asked.store == "disk" else []
+    ours = asked.store == "disk" and member.params.get("activations", "auto") == "auto"
+    return [f"{HOME}/activations/{params.activations_name(asked)}/manifest.json"] if ours else []
 
 
 # Lines that tell how far the work is go to the terminal too; the whole log is kept beside the notebook.
 PAPERMILL = ("papermill {input.notebook:q} {log.notebook:q} -y {params.given:q} -p threads {threads} -p overwrite True "
              "--log-output --no-progress-bar 2>&1 | tee {log.text:q} "
              "| {{ grep --line-buffered -E ' left|tokens/s|samples/s' || true; }}")
+
+
+def compare_what_is_there():
+    """05 over all runs of the study, outside the plan of jobs; the next call makes its table again."""
+    folder = HOME / "runs" / STUDY / "compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["papermill", notebook("compare"), str(folder / "05_compare.ipynb"), "-y", COMPARED,
+                    "--no-progress-bar"], check=False)
+
+
+COMPARED = given("compare", {"mode": "batch", "study": STUDY, "run": STUDY, "runs": list(MEMBERS),
+                             "baseline": studies.baseline(STUDY)})
 
 
 rule all:
@@ -90,15 +121,28 @@ rule eval:
     shell: PAPERMILL
 
 
+rule letters:
+    input:
+        notebook=ancient(notebook("letters")),
+        training=HOME / "runs/{run}/training.json",
+        # After 03, which writes the same verdict; another evaluation of 03 is no reason to repeat this one.
+        eval=ancient(HOME / "runs/{run}/evals/done.json")
+    output: HOME / "runs/{run}/evals/letters_done.json"
+    log: notebook=str(HOME / "runs/{run}/notebooks/04_letter_absorption.ipynb"), text=str(HOME / "runs/{run}/notebooks/04_letter_absorption.log")
+    params: given=lambda w: given("letters", MEMBERS[w.run].params), code=code("letters")
+    wildcard_constraints: run=r"[^/]+/[^/]+"
+    threads: SHARE
+    shell: PAPERMILL
+
+
 rule compare:
     input:
         notebook=ancient(notebook("compare")),
-        evals=[f"{HOME}/runs/{name}/evals/done.json" for name in MEMBERS]
+        evals=[f"{HOME}/runs/{name}/evals/{file}" for name in MEMBERS for file in ("done.json", "letters_done.json")]
     output: f"{HOME}/runs/{STUDY}/compare/table.csv"
     log: notebook=f"{HOME}/runs/{STUDY}/compare/05_compare.ipynb", text=f"{HOME}/runs/{STUDY}/compare/05_compare.log"
     params:
-        given=given("compare", {"mode": "batch", "study": STUDY, "run": STUDY, "runs": list(MEMBERS),
-                                "baseline": studies.baseline(STUDY)}),
+        given=COMPARED,
         code=code("compare")
     threads: 1
     shell: PAPERMILL

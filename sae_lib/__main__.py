@@ -1,4 +1,4 @@
-"""Commands on studies: ``python -m sae_lib check STUDY`` and ``python -m sae_lib figures STUDY``."""
+"""Commands on studies: ``python -m sae_lib plan STUDY`` (its cost), ``check``, ``figures``, and ``verify RUN``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import shutil
 import sys
 
-from sae_lib import params, runs, studies
+from sae_lib import params, plan, runs, studies, verify
 
 OUTPUTS = ("params.yaml", "training.json", "history.parquet", "validity.json", "sae/cfg.json",
-           "sae/sae_weights.safetensors", "evals/core.json", "figures/training_curves.html",
-           "notebooks/02_train_variant.ipynb", "notebooks/03_eval.ipynb")
+           "sae/sae_weights.safetensors", "evals/core.json", "evals/absorption.json",
+           "figures/training_curves.html", "notebooks/02_train_variant.ipynb", "notebooks/03_eval.ipynb",
+           "notebooks/04_letter_absorption.ipynb")
 README_FIGURES = ("training_curves_by_run", "compression_panels", "comparison_table")
 
 
@@ -53,11 +54,12 @@ def figures(study: str) -> int:
 def main() -> int:
     """Parse the command line and run one command; a known fault is one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m sae_lib", description=__doc__)
-    parser.add_argument("command", choices=["check", "figures"])
-    parser.add_argument("study", help="a file of params/studies, without .yaml")
+    parser.add_argument("command", choices=["check", "figures", "plan", "verify"])
+    parser.add_argument("study", help="a file of params/studies, without .yaml; for verify, a run or all of a study")
     given = parser.parse_args()
     try:
-        return {"check": check, "figures": figures}[given.command](given.study)
+        commands = {"check": check, "figures": figures, "plan": plan.plan, "verify": verify.verify}
+        return commands[given.command](given.study)
     except (params.ParameterError, runs.RunError) as error:
         print(error, file=sys.stderr)
         return 2

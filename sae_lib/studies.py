@@ -76,7 +76,7 @@ def expand(name: str) -> list[Member]:
             origin |= dict.fromkeys(found, _shown(path))
         merged["run"] = f"{name}/{label}"
         runs.folder_of(merged["run"])
-        for stage in ("extract", "train", "eval"):
+        for stage in ("extract", "train", "eval", "letters"):
             params.check(stage, merged, origin)
         members.append(Member(merged["run"], model, variant, seed, merged, origin))
     return members

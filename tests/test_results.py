@@ -8,7 +8,7 @@ from scipy import stats
 from sae_lib import runs
 from sae_lib.evaluation import compare, results
 from sae_lib.params import ParameterError, check
-from sae_lib.views import figures_compare
+from sae_lib.views import figures_absorption, figures_compare
 
 
 def fake_run(name, seed=1, status="valid", reasons=(), **measured):
@@ -127,6 +127,34 @@ def test_null_baselines_stand_apart():
     path.write_text(path.read_text().replace("role: normal", "role: 'null'"))
     table = results.collect([fake_run("s/topk-s1"), name])
     assert results.results(table).run.tolist() == ["s/topk-s1"]
+
+
+def test_tables_are_exported_in_four_forms():
+    name = fake_run("s/topk_a-s1")
+    folder = compare.compare(check("compare", {"study": "s", "runs": [name]})).folder
+    assert pd.read_parquet(folder / "table.parquet").run.tolist() == [name]
+    assert pd.read_csv(folder / "table.csv").run.tolist() == [name]
+    latex = (folder / "table.tex").read_text()
+    assert r"s/topk\_a-s1" in latex and r"\begin{tabular}" in latex
+    assert "| s/topk_a-s1" in (folder / "table.md").read_text()
+
+
+def test_letters_figures_show_what_was_measured_and_keep_the_two_metrics_apart():
+    names = [fake_run("s/topk-s1"), fake_run("s/dead-s1", status="invalid", reasons=["dead: 95 %"])]
+    for name, rate in zip(names, (0.25, 0.0)):
+        evals = runs.folder_of(name) / "evals"
+        runs.write_json(evals / "absorption.json", {"metrics": {
+            "mean_full_absorption_score": rate, "mean_absorption_fraction_score": 2 * rate,
+            "mean_num_split_features": 1.5}, "config": {"comparable": "a"}})
+        pd.DataFrame({"letter": ["a", "b", "x"], "kept": [True, True, False], "splits": [1.0, 2.0, None],
+                      "full_absorption": [rate, rate, None], "absorption_fraction": [2 * rate, 2 * rate, None]}
+                     ).to_parquet(evals / "absorption_letters.parquet")
+    found = compare.compare(check("compare", {"study": "s", "runs": names, "baseline": "topk"}))
+    drawn = figures_absorption.all_figures(found, "")
+    assert set(drawn) == {"core_against_l0", "absorption_by_run", "splits_by_run", "letters_by_run"}
+    assert [list(trace.x) for trace in drawn["absorption_by_run"].data if trace.x[0] is not None] == [[0.25], [0.5]]
+    assert drawn["letters_by_run"].data[0].z.tolist() == [[0.25, 0.25]]
+    assert any("dead: 95 %" in note.text for note in drawn["absorption_by_run"].layout.annotations)
 
 
 def test_a_comparison_of_nothing_says_so():

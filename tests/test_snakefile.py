@@ -5,7 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
+import pandas as pd
+import psutil
 import pytest
 
 from sae_lib import runs
@@ -30,10 +33,16 @@ def checkout(tmp_path_factory):
         (folder / f"params/variants/{name}.yaml").write_text(VARIANT.format(k=k))
     environment = os.environ | {"PYTHONPATH": str(folder), "SAE_WORKBOOK_HOME": str(folder)}
 
-    def call(*arguments):
-        done = subprocess.run([sys.executable, "-m", "snakemake", "--config", "study=small", *arguments], cwd=folder,
-                              env=environment, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
+    def start(*arguments, study="small"):
+        words = [sys.executable, "-m", "snakemake", "--config", f"study={study}", *arguments]
+        return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True)
+
+    def call(*arguments, study="small"):
+        process = start(*arguments, study=study)
+        text, _ = process.communicate()
+        return process.returncode, text
+    call.start = start
     yield folder, call
 
 
@@ -54,10 +63,49 @@ def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout):
     assert "Nothing to be done" in call("--dry-run")[1]
 
     (folder / "params/variants/b.yaml").write_text(VARIANT.format(k=12))
-    assert jobs(call("--dry-run")[1]) == {"train": 1, "eval": 1, "compare": 1, "all": 1, "total": 4}
+    assert jobs(call("--dry-run")[1]) == {"train": 1, "eval": 1, "letters": 1, "compare": 1, "all": 1,
+                                              "total": 5}
     (folder / "params/variants/b.yaml").write_text(VARIANT.format(k=16))
     (folder / "params/studies/small.yaml").write_text(STUDY.replace("smoke", "default"))
     assert jobs(call("--dry-run")[1]) == {"eval": 2, "compare": 1, "all": 1, "total": 4}
+
+
+def test_after_a_failed_job_what_is_there_is_compared(checkout):
+    folder, call = checkout
+    (folder / "params/variants/broken.yaml").write_text(VARIANT.format(k=8) + "activations: nowhere\n")
+    (folder / "params/studies/failing.yaml").write_text(STUDY.replace("[a, b]", "[a, broken]"))
+    code, text = call(study="failing")
+    assert code != 0, text[-3000:]
+    table = pd.read_csv(folder / "runs/failing/compare/table.csv").set_index("variant")
+    assert table.status.to_dict() == {"tiny-a": "valid", "tiny-broken": "failed"}
+    assert "run 02_train_variant first" in table.reasons["tiny-broken"]
+
+
+def test_a_killed_snakemake_leaves_nothing_and_the_plain_command_goes_on(checkout):
+    """No kernel, no papermill and no lock outlive it; training goes on from its checkpoint."""
+    folder, call = checkout
+    study = STUDY.replace("[a, b]", "[long]").replace("smoke", "smoke, checkpoint_every: 50")
+    (folder / "params/studies/killed.yaml").write_text(study)
+    (folder / "params/variants/long.yaml").write_text(
+        VARIANT.format(k=8).replace("d_sae: 128", "d_sae: 512").replace("samples: 30000", "samples: 600000"))
+    process = call.start(study="killed")
+    run = folder / "runs/killed/tiny-long-s1"
+    while not any(run.glob("checkpoints/[0-9]*")):
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.05)
+    left = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert len(left) >= 3, "the shell, papermill and its kernel"
+    assert psutil.wait_procs(left, timeout=20)[1] == []
+    assert not (run / "training.json").exists()
+
+    code, text = call(study="killed")
+    assert code == 0, text[-3000:]
+    assert runs.read_json(run / "training.json")["resumed_at"] != []
+    assert runs.read_json(run / "validity.json")["status"] == "valid"
+    assert not (run / "checkpoints").exists() and (run / "hashes.json").exists()
+    assert "Nothing to be done" in call("--dry-run", study="killed")[1]
 
 
 @pytest.mark.parametrize("text, says", [

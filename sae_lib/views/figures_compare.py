@@ -24,7 +24,7 @@ def main(table: pd.DataFrame) -> pd.Series:
 def why(row) -> str:
     """In words, why a run (a row of the table) is set apart."""
     if row.role == "null":
-        return "null baseline" + (f": {row.status}: {row.reasons}" if row.status == "failed" else "")
+        return "null baseline" + (f": failed: {row.reasons}" if row.status == "failed" else "")
     if row.status != "valid":
         return f"{row.status}: {row.reasons}" if row.reasons else row.status
     return f"not comparable: {row.apart}"
@@ -56,9 +56,9 @@ def final_losses(table: pd.DataFrame, caption: str = "") -> go.Figure:
                         name=term.removeprefix("loss/"),
                         marker={"size": 13, "color": COLOURS[number % len(COLOURS)],
                                 "symbol": SYMBOLS[number % len(SYMBOLS)]})
-    _mark_invalid(fig, table[~main(table)], names)
+    mark_apart(fig, table[~main(table)], names)
     fig.update_xaxes(title="Loss per token at the last logged step (log)", type="log", dtick=1)
-    _rows(fig, [names[run] for run in table.run])
+    name_rows(fig, [names[run] for run in table.run])
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
     return dress(fig, "Final losses by run", caption, width=1000, height=230 + 34 * len(table), top=110)
 
@@ -130,7 +130,7 @@ def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
                         hovertext=[f"{r.run}: {why(r)}".replace("<", "&lt;") for r in bad.itertuples()], **place,
                         showlegend=False, marker={"size": 11, "symbol": "x-thin", "line": {"width": 2, "color": GREY}})
         fig.update_xaxes(title=METRICS[name].unit.partition(",")[0], range=[low, high], nticks=6, **place)
-    _rows(fig, [places[variant] for variant in variants])
+    name_rows(fig, [places[variant] for variant in variants])
     extra = "; grey crosses: set apart"
     caption += extra if (~main(table)).any() else ""
     return dress(fig, "Quality of compression by variant", caption, width=1080, height=rows + 110 + 226,
@@ -153,7 +153,7 @@ def _span(values: pd.Series) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _rows(fig: go.Figure, order: list[str]) -> None:
+def name_rows(fig: go.Figure, order: list[str]) -> None:
     """Names on the left, the first at the top."""
     fig.update_yaxes(categoryorder="array", categoryarray=order[::-1], automargin=True, range=[-0.6, len(order) - 0.4])
 
@@ -164,7 +164,7 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
     Figures of runs that are not valid are dashes; a null baseline is no run that the gate could refuse.
     """
     table = pd.concat([table[main(table)], table[~main(table)]])
-    measured = (table.status == "valid") | ((table.role == "null") & (table.status == "invalid"))
+    measured = (table.status == "valid") | (table.status == "null")
     columns = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2")
     arrows = {1: " ↑", -1: " ↓", 0: ""}
     names, valid = labels(table), main(table)
@@ -192,7 +192,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     arrows = {1: " (higher is better)", -1: " (lower is better)", 0: ""}
     for name, metric in METRICS.items():
         if name in table and table[name].notna().any():
-            shown[metric.label + arrows[metric.direction]] = table[name].where(table.status == "valid")
+            shown[metric.label + arrows[metric.direction]] = table[name].where(table.status.isin(("valid", "null")))
     return shown.assign(library=["another" if row.get("stale") is True else "" for _, row in table.iterrows()])
 
 
@@ -203,7 +203,7 @@ def claims(differences: pd.DataFrame) -> pd.DataFrame:
 
 
 def all_figures(comparison) -> dict[str, go.Figure]:
-    """Every figure of a comparison by file name."""
+    """The figures of this file by name."""
     table, text = comparison.table, note(comparison.table, comparison.study)
     return {"comparison_table": comparison_table(table, text),
             "training_curves_by_run": training_curves_by_run(comparison.histories, table, text),
@@ -221,7 +221,7 @@ def _wrapped(text: str, width: int = 36) -> str:
     return "<br>".join([*lines, line])
 
 
-def _mark_invalid(fig: go.Figure, bad: pd.DataFrame, names: dict[str, str]) -> None:
+def mark_apart(fig: go.Figure, bad: pd.DataFrame, names: dict[str, str]) -> None:
     """Say on the row of each run that is not valid what it is, and why, in grey."""
     for row in bad.itertuples():
         reason = why(row)

@@ -20,6 +20,7 @@ from IPython.display import HTML, Image, Markdown, display
 
 from sae_lib import runs
 
+KINDS = ("png", "svg")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -49,9 +50,11 @@ def figures(named: dict[str, go.Figure], *, folder: Path, mode: str, live=None) 
 
 
 def _pictures(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
-    """PNG of each figure, by name; none (and a sentence) without a Chrome that draws. Never raises, never hangs.
+    """PNG and SVG of each figure; the PNGs by name; none (and a sentence) without a Chrome that draws.
 
-    A PNG of an earlier run that is not drawn anew is removed: it would show other figures than the HTML does.
+    Never raises, never hangs.
+
+    A picture of an earlier run that is not drawn anew is removed: it would show other figures than the HTML does.
     """
     path, written = browser(), {}
     if path is None:
@@ -59,20 +62,22 @@ def _pictures(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
               file=sys.stderr)
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            files = {name: Path(scratch) / f"{number}.png" for number, name in enumerate(named)}
-            fault = _draw([{"fig": fig, "path": files[name], "opts": {"format": "png", "scale": 2}}
-                           for name, fig in named.items()], path)
-            for name, file in files.items():
+            files = {(name, kind): Path(scratch) / f"{number}.{kind}" for number, name in enumerate(named)
+                     for kind in KINDS}
+            fault = _draw([{"fig": named[name], "path": file, "opts": {"format": kind, "scale": 2}}
+                           for (name, kind), file in files.items()], path)
+            for (name, kind), file in files.items():
                 if file.exists() and file.stat().st_size:
-                    with runs.whole(folder / f"{name}.png") as temporary:
+                    with runs.whole(folder / f"{name}.{kind}") as temporary:
                         shutil.copyfile(file, temporary)
-                    written[name] = folder / f"{name}.png"
+                    written[name, kind] = folder / f"{name}.{kind}"
         if fault:
             print(f"PNG skipped: {path} did not draw ({fault})", file=sys.stderr)
     for name in named:
-        if name not in written:
-            (folder / f"{name}.png").unlink(missing_ok=True)
-    return written
+        for kind in KINDS:
+            if (name, kind) not in written:
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    return {name: file for (name, kind), file in written.items() if kind == "png"}
 
 
 def _draw(jobs: list[dict], path: str) -> str | None:

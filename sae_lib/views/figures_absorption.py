@@ -1,0 +1,78 @@
+"""Figures of several runs' letters: absorption and splits by run, letters by runs, core against L0. Pure functions."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sae_lib.metrics import METRICS
+from sae_lib.views.figures_compare import labels, main, mark_apart, name_rows
+from sae_lib.views.template import COLOURS, SYMBOLS, dress
+
+CORE = ("explained_variance", "ce_loss_score", "kl_div_with_sae")
+
+
+def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: str = "") -> go.Figure:
+    """One panel per metric, a row per run; runs set apart say why on their row."""
+    names, kept = labels(table), main(table)
+    titles = [f"{METRICS[n].label} <span style='font-size:13px'>({METRICS[n].reading})</span>" for n in metrics]
+    fig = make_subplots(rows=1, cols=len(metrics), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
+    for number, metric in enumerate(metrics):
+        fig.add_scatter(x=table[metric][kept], y=[names[run] for run in table.run[kept]], mode="markers", row=1,
+                        col=number + 1, showlegend=False,
+                        marker={"size": 13, "color": COLOURS[number], "symbol": SYMBOLS[number]})
+        top = table[metric][kept].max()
+        fig.update_xaxes(title=METRICS[metric].unit, range=[0, 1.15 * top if top > 0 else 1], row=1, col=number + 1)
+    mark_apart(fig, table[~kept], names)
+    name_rows(fig, [names[run] for run in table.run])
+    return dress(fig, title, caption, width=1080, height=250 + 36 * len(table), top=110)
+
+
+def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = "") -> go.Figure:
+    """Full absorption of each letter (columns) in each run (rows), mean over seeds; a gap: the letter was dropped."""
+    names = labels(table)
+    means = letters.assign(full_absorption=pd.to_numeric(letters.full_absorption, errors="coerce")).pivot_table(
+        index="run", columns="letter", values="full_absorption", aggfunc="mean")
+    means = means.reindex([run for run in table.run if run in means.index])
+    fig = go.Figure(go.Heatmap(z=means.to_numpy(), x=list(means.columns), y=[names[run] for run in means.index],
+                               colorscale="Cividis", zmin=0, texttemplate="%{z:.2f}", textfont={"size": 10},
+                               colorbar={"title": {"text": "share of words"}}, hoverongaps=False))
+    fig.update_xaxes(title="First letter", type="category", showgrid=False)
+    name_rows(fig, [names[run] for run in means.index])
+    return dress(fig, "Full absorption by letter and run (lower is better)", caption, width=1180,
+                 height=260 + 40 * len(means), top=80)
+
+
+def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
+    """Core's figures against L0: the only axis on which SAEs of different sparsity compare."""
+    kept = table[main(table) | ((table.status == "valid") & (table.role != "null"))]
+    variants = list(dict.fromkeys(table.variant))
+    fig = make_subplots(rows=1, cols=len(CORE), horizontal_spacing=0.09,
+                        subplot_titles=[f"{METRICS[n].label}<br>({METRICS[n].reading})" for n in CORE])
+    names = labels(table)
+    for number, variant in enumerate(variants):
+        own = kept[kept.variant == variant].sort_values("l0")
+        label = names[table.run[table.variant == variant].iloc[0]].rpartition("-s")[0] or variant
+        for col, metric in enumerate(CORE, 1):
+            fig.add_scatter(x=own.l0, y=own[metric], mode="markers", name=label, legendgroup=label,
+                            showlegend=col == 1 and len(own) > 0, hovertext=own.run, row=1, col=col,
+                            marker={"size": 12, "color": COLOURS[number % len(COLOURS)],
+                                    "symbol": SYMBOLS[number % len(SYMBOLS)], "opacity": 0.85})
+    for col, metric in enumerate(CORE, 1):
+        fig.update_yaxes(title=METRICS[metric].unit, row=1, col=col)
+    fig.update_xaxes(title="L0 (active latents per token)")
+    fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.22, "yanchor": "bottom"})
+    return dress(fig, "Core against L0", caption, width=1180, height=540, top=170)
+
+
+def all_figures(comparison, caption: str) -> dict[str, go.Figure]:
+    """Every figure of this file by name, as far as there is something to draw."""
+    table, found = comparison.table, {"core_against_l0": core_against_l0(comparison.table, caption)}
+    if table.mean_full_absorption_score.notna().any():
+        found |= {"absorption_by_run": by_run(table, ("mean_full_absorption_score", "mean_absorption_fraction_score"),
+                                              "First-letter absorption by run", caption),
+                  "splits_by_run": by_run(table, ("mean_num_split_features",), "Feature splits by run", caption)}
+    if len(comparison.letters):
+        found["letters_by_run"] = letters_by_run(comparison.letters, table, caption)
+    return found
