@@ -265,6 +265,14 @@ def test_an_untrained_run_is_one_clear_error(elsewhere):
         measure("nothing")
 
 
+def test_sparse_probes_take_as_many_steps_as_on_a_whole_vocabulary():
+    assert bench.sparse_batch(5000, 47_000, "default") == 500  # 10 batches, as 37,600 words at 4096
+    assert bench.sparse_batch(5000, 100_000, "default") == 250
+    assert bench.sparse_batch(80_000, 100_000, "default") == 4000
+    assert bench.sparse_batch(5000, 47_000, "paper") == 4096
+    assert bench.sparse_batch(900, 1600, "default") == 90
+
+
 @pytest.mark.parametrize("run, word", [("first", "**valid**"), ("dead", "**invalid**")])
 def test_the_page(trained, tmp_path, run, word):
     from test_notebooks import page

@@ -71,7 +71,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
     """The report before the gate, and the two tables, over all seeds."""
     from sae_lib.data import language_model
     from sae_lib.evaluation.saebench import adapter, letter_words
-    from sae_lib.evaluation.saebench.absorption import absorption
+    from sae_lib.evaluation.saebench.absorption import absorption, sparse_batch
     from sae_lib.training.ingredients import load_sae
 
     start = time.perf_counter()
@@ -95,12 +95,14 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
                 d_model=info.d_model, seed=seed, mode=p.mode)
             setup += time.perf_counter() - began
             found[seed] = absorption(sae, materials[seed], tokenizer, bos_id, load, model=model, hook=site, seed=seed,
-                                     preset=p.absorption_preset, device=str(device))
+                                     vocabulary=words.vocabulary, preset=p.absorption_preset, device=str(device))
             print(f"seed {seed}: absorption measured, {time.perf_counter() - began:.0f} s", flush=True)
     config = {"preset": p.absorption_preset, "model": model, "model_identity": info.identity, "hook": site,
               "d_in": sae.d_in, "d_sae": sae.d_sae, "seeds": p.absorption_seeds, "words": len(words.tokens),
               "words_per_letter": None if paper else p.absorption_words_per_letter,
               "words_outside_training_prompts": held_out, "words_sha256": digest(words.tokens, 16),
+              "sparse_probe_batch": sparse_batch(materials[p.absorption_seeds[0]].train, words.vocabulary,
+                                                 p.absorption_preset),
               "dtype": materials[p.absorption_seeds[0]].dtype, "device": device.type}
     report = _report(found, config) | {
         "l0_words": _l0(sae, materials.values()), "seconds": round(time.perf_counter() - start, 2),

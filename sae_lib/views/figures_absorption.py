@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
-from sae_lib.views.figures_compare import labels, main, mark_apart, name_rows
+from sae_lib.views.figures_compare import labels, main, mark_apart, name_rows, span
 from sae_lib.views.template import COLOURS, SYMBOLS, dress
 
 CORE = ("explained_variance", "ce_loss_score", "kl_div_with_sae")
@@ -60,7 +60,7 @@ def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
                             marker={"size": 12, "color": COLOURS[number % len(COLOURS)],
                                     "symbol": SYMBOLS[number % len(SYMBOLS)], "opacity": 0.85})
     for col, metric in enumerate(CORE, 1):
-        fig.update_yaxes(title=METRICS[metric].unit, row=1, col=col)
+        fig.update_yaxes(title=METRICS[metric].unit, range=span(kept[metric]), row=1, col=col)
     fig.update_xaxes(title="L0 (active latents per token)")
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.22, "yanchor": "bottom"})
     return dress(fig, "Core against L0", caption, width=1180, height=540, top=170)

@@ -118,7 +118,7 @@ def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
     for number, name in enumerate(PANELS):
         place = {"row": number // 2 + 1, "col": number % 2 + 1}
         valid, bad = table[main(table)], table[~main(table)]
-        low, high = _span(valid[name])
+        low, high = span(valid[name])
         for order, variant in enumerate(variants):
             own = valid[valid.variant == variant]
             fig.add_scatter(y=[places[variant]] * len(own), x=own[name], mode="markers", hovertext=own.run,
@@ -143,7 +143,7 @@ def _variant_label(own: pd.DataFrame, names: dict[str, str]) -> str:
     return (name.rpartition("-s")[0] or name) + (f"<br>{bad} of {len(own)} set apart" if bad else "")
 
 
-def _span(values: pd.Series) -> tuple[float, float]:
+def span(values: pd.Series) -> tuple[float, float]:
     """Ends of an axis: the values with room around, and at least a twentieth of their size."""
     values = values.dropna()
     if values.empty:

@@ -36,15 +36,18 @@ def all_figures(found) -> dict[str, go.Figure]:
 def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str = "", caption: str = "") -> go.Figure:
     """Two panels over the letters: the rate of full absorption, and the absorption fraction; a mark per seed.
 
-    Bars are means over seeds; the dotted line is the mean over letters. A dropped letter says why.
+    Bars are means over seeds; the dotted line is the mean over letters, its interval a bootstrap over the words of
+    this SAE's letters. A dropped letter says why.
     """
-    names = [f"{label} <span style='font-size:13px'>({METRICS[metric].reading})</span>" for _, label, metric in PANELS]
+    names = [f"{label} <span style='font-size:13px'>({METRICS[metric].reading}{_mean_text(report, metric)})</span>"
+             for _, label, metric in PANELS]
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.12, subplot_titles=names)
     seeds = list(dict.fromkeys(letters.seed))
     for row, (column, label, metric) in enumerate(PANELS, 1):
         values = letters.assign(y=pd.to_numeric(letters[column], errors="coerce").astype(float))
         mean = values.groupby("letter").y.mean()
         fig.add_bar(x=mean.index, y=mean, marker_color=COLOURS[row - 1], showlegend=False, name=label, row=row, col=1,
+                    text=["0" if v == 0 else "" for v in mean], textposition="outside", cliponaxis=False,
                     hovertemplate="%{x}: %{y:.3f}<extra></extra>")
         for number, seed in enumerate(seeds if len(seeds) > 1 else ()):
             own = values[values.seed == seed]
@@ -53,8 +56,7 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
                             marker={"size": 7, "color": "#111111", "symbol": SYMBOLS[number % len(SYMBOLS)]})
         if metric in report["metrics"]:
             fig.add_hline(y=report["metrics"][metric], line={"color": "#111111", "dash": "dot", "width": 1.5}, row=row,
-                          col=1, annotation={"text": _mean_text(report, metric), "font": {"size": 12}},
-                          annotation_position="top right")
+                          col=1)
         top = float(values.y.max()) if values.y.notna().any() else 1.0
         fig.update_yaxes(title="Share of known words" if row == 1 else "Mean share", row=row, col=1,
                          range=[0, max(1.12 * top, 0.05)])
@@ -71,8 +73,11 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
 
 
 def _mean_text(report: dict[str, Any], metric: str) -> str:
-    low, high = report.get("within_this_sae", {}).get(metric, (np.nan, np.nan))
-    return f"mean {report['metrics'][metric]:.3f} (words drawn again, within this SAE: {low:.3f} to {high:.3f})"
+    if metric not in report["metrics"]:
+        return ""
+    low, high = report["within_this_sae"][metric]
+    return (f"; mean over letters {report['metrics'][metric]:.3f}, with other words "
+            f"{low:.3f} to {high:.3f} within this SAE")
 
 
 def _dropped(letters: pd.DataFrame) -> dict[str, str]:
@@ -128,16 +133,17 @@ def split_latents(letters: pd.DataFrame, report: dict[str, Any], title: str = ""
                     text=[[f"{v:.2f}"] for v in shown.probe_f1], texttemplate="%{text}", textfont={"size": 11})
     if not invalid:
         counts = shown.split_latents.map(len)
-        fig.add_scatter(x=counts[kept], y=shown.letter[kept], mode="markers", name="split latents", row=1, col=1,
+        fig.add_scatter(x=counts[kept], y=shown.letter[kept], mode="markers", name="number of split latents", row=1,
+                        col=1, showlegend=True,
                         marker={"symbol": "circle-open", "size": 11, "color": "#D55E00", "line": {"width": 3}})
     # Grey names for letters that are dropped.
     ticks = [name if own else f"<span style='color:{GREY}'>{name} (dropped)</span>" for name, own in zip(names, kept)]
-    fig.update_yaxes(type="category", autorange="reversed", showgrid=False, tickvals=names, ticktext=ticks)
+    fig.update_yaxes(type="category", range=[len(names) - 0.5, -0.5], showgrid=False, tickvals=names, ticktext=ticks)
     fig.update_xaxes(title="k", dtick=1, showgrid=False, row=1, col=1)
     fig.update_xaxes(showticklabels=False, showgrid=False, row=1, col=2)
-    fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.05, "yanchor": "bottom"})
+    fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.03, "yanchor": "bottom"})
     name = f"Split latents: {title}" + (" (invalid: no result)" if invalid else "")
-    return dress(fig, name, caption, width=960, height=230 + 24 * len(names), top=130, side=110)
+    return dress(fig, name, caption, width=1080, height=220 + 24 * len(names), top=110, side=110)
 
 
 def summary(found) -> pd.DataFrame:

@@ -50,6 +50,8 @@ class Words(NamedTuple):
     """The letters that have enough of them."""
     dropped: dict[str, str]
     """The others, and why."""
+    vocabulary: int
+    """How many such tokens the tokenizer has in all, prompts' words and those over the cap included."""
 
 
 class Material(NamedTuple):
@@ -85,8 +87,8 @@ def choose(tokenizer, cap: int | None, held_out: bool = True) -> Words:
     """
     from sae_bench.evals.absorption.vocab import get_alpha_tokens
 
-    tokens = sorted(set(get_alpha_tokens(tokenizer)))  # a tokenizer's own order differs between processes
-    tokens = vocabulary.evaluation_tokens(tokenizer, tokens) if held_out else tokens
+    everything = sorted(set(get_alpha_tokens(tokenizer)))  # a tokenizer's own order differs between processes
+    tokens = vocabulary.evaluation_tokens(tokenizer, everything) if held_out else everything
     filled = [f"\n{TEMPLATE.format(word=token)}" for token in tokens]
     lengths = [len(ids) for ids in tokenizer(filled, add_special_tokens=False)["input_ids"]] if tokens else []
     usual = Counter(lengths).most_common(1)[0][0] if lengths else 0
@@ -98,7 +100,7 @@ def choose(tokenizer, cap: int | None, held_out: bool = True) -> Words:
                for letter, found in by_letter.items() if len(found) < FEWEST}
     letters = "".join(letter for letter in by_letter if letter not in dropped)
     chosen = [token for letter in letters for token in sorted(by_letter[letter], key=_draw)[:cap]]
-    return Words(sorted(chosen), letters, dropped)
+    return Words(sorted(chosen), letters, dropped, len(everything))
 
 
 def _draw(token: str) -> str:
