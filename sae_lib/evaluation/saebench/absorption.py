@@ -46,11 +46,12 @@ SPARSE_BATCH, FEWEST_BATCHES = 4096, 10
 
 
 def sparse_batch(train: int, vocabulary: int, preset: str) -> int:
-    """Batch size of the sparse probes that gives ``train`` words as many steps as a whole vocabulary gets.
+    """Batch size of the sparse probes: an epoch of ``train`` words has as many batches as one of a whole vocabulary.
 
-    SAEBench's 4096 is meant for tens of thousands of words. On a few thousand it leaves a hundred steps, too few to
-    choose a letter's latents: whatever latent it then misses counts as one that absorbs (0.33 instead of 0.18 full
-    absorption on the embedded default). ``paper`` keeps 4096.
+    A departure from SAEBench's 4096, which cuts a capped set of words in two. The figure depends on it. Measured on
+    the embedded default (4,864 words, one SAE, one seed), full absorption and mean F1 of the first latent: 4096 .328,
+    .21; the same with five times the epochs .223, .38; 486 .175, .46; 486 with a fifth of the epochs .206, .34. That
+    the whole vocabulary at 4096 gives what this does was not tried. ``paper`` keeps 4096.
     """
     batches = max(FEWEST_BATCHES, -(-4 * vocabulary // (5 * SPARSE_BATCH)))
     return SPARSE_BATCH if preset == "paper" else max(1, min(SPARSE_BATCH, train // batches))
