@@ -13,6 +13,11 @@ def trained(run: runs.Run) -> params.Train:
     return params.check("train", {**run.params, "run": run.name}, str(run.path / "params.yaml"))
 
 
+def hook_of(layer: int | None, asked: params.Train) -> str:
+    """The hook to evaluate at: the trained one, unless another ``layer`` is named (the gate then says so)."""
+    return asked.hook if layer in (None, asked.layer) else f"blocks.{layer}.hook_resid_post"
+
+
 def evaluate(p: params.Evaluate) -> dict[str, Any]:
     """Run ``p.evals`` on the run's SAE on held-out text; write evals/*.json and validity.json; return them by name.
 
@@ -41,7 +46,7 @@ def _core(p: params.Evaluate, run: runs.Run, asked: params.Train) -> dict[str, A
     from sae_lib.evaluation import saebench
     from sae_lib.training.ingredients import load_sae
 
-    site = asked.hook if p.layer is None else f"blocks.{p.layer}.hook_resid_post"
+    site = hook_of(p.layer, asked)
     model = language_model.load(p.model or asked.model, hook=site, dtype="float32", device=p.device, whole=True)
     sae = load_sae(run.path / "sae").to(model.device)
     texts = activations.heldout_texts(asked)

@@ -16,7 +16,7 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.evaluation import foreign_run, validity
-from sae_lib.evaluation.evaluate import trained
+from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
 
 FIGURES = ("full_absorption", "fully_absorbed", "absorption_fraction", "splits")
@@ -76,7 +76,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
 
     start = time.perf_counter()
     model = p.model or asked.model
-    site = asked.hook if p.layer in (None, asked.layer) else f"blocks.{p.layer}.hook_resid_post"
+    site = hook_of(p.layer, asked)
     language_model.check_layer(model, site)
     info, device = language_model.describe(model), language_model.pick_device(p.device)
     sae = load_sae(run.path / "sae").to(device)
