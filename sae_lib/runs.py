@@ -192,11 +192,16 @@ class Run:
         return value
 
     @contextlib.contextmanager
-    def stage(self, stage: str):
-        """Run a stage's work: a fault is written to validity.json as ``failed`` with its reason, then raised."""
+    def stage(self, stage: str, keep_finished: bool = False):
+        """Run a stage's work: a fault is written to validity.json as ``failed`` with its reason, then raised.
+
+        With ``keep_finished`` a folder that holds an SAE already is left as it is.
+        """
         try:
             yield self
         except Exception as error:
+            if keep_finished and (self.path / "sae").exists():
+                raise
             reason = f"{stage} failed: {type(error).__name__}: {error}"
             where = traceback.format_exc(limit=-3)
             write_json(self.path / "validity.json", {"status": "failed", "reasons": [reason], "flags": [],

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae_lib import params, runs, studies
-from sae_lib.data import activations
+from sae_lib.data import activations, page
 from sae_lib.data.store import open_store
 from sae_lib.evaluation import compare, results, validity
 from sae_lib.params import ParameterError
@@ -27,6 +27,7 @@ from sae_lib.sae import architectures
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.foreign import load_foreign
 from sae_lib.training.ingredients import load_sae
+from sae_lib.views import figures
 
 KINDS: set[tuple] = set()
 """(what was damaged, where in it, how), as drawn."""
@@ -170,8 +171,10 @@ def test_stores(draw, tiny_store, tmp_path_factory):
         store.heldout_blocks(2)
         store.heldout_texts()
         activations.open_named(str(folder))
+        for shown in (page.facts, page.counts, page.examples, figures.norm_histogram):
+            shown(store.manifest)
 
-    harmless_or_named(work, str(folder), "hook_name")
+    harmless_or_named(work, str(folder), "hook_name", "manifest.json: damaged")
     shutil.rmtree(folder)
 
 

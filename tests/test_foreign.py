@@ -13,7 +13,7 @@ from sae_lib import metrics, params, runs
 from sae_lib.data import activations
 from sae_lib.data.language_model import import_transformers
 from sae_lib.data.precomputed import Precomputed
-from sae_lib.evaluation import evaluate, foreign_run, results
+from sae_lib.evaluation import evaluate, foreign_run, letters, results
 from sae_lib.params import ParameterError
 from sae_lib.runs import RunError
 from sae_lib.sae.autoencoder import SparseAutoencoder
@@ -204,6 +204,33 @@ def test_03_evaluates_it_to_its_librarys_explained_variance_and_05_shows_it(name
     written = (runs.Run(run).path / "training.json").stat().st_mtime_ns
     foreign_run.bring_in(params.check("eval", given))
     assert (runs.Run(run).path / "training.json").stat().st_mtime_ns == written, "measured again for nothing"
+
+
+@pytest.mark.parametrize("name", ["saelens topk", "dictionary_learning topk"])
+def test_04_evaluates_it_as_its_librarys_own_encoder(name, made, tiny_store, monkeypatch):
+    """Given to 04 alone, without 03 before it; the letters are those of the other library's latents."""
+    folder, theirs = made[name]
+    given = params.check("letters", {
+        "run": f"outside/letters-{name.replace(' ', '-')}", "sae": str(folder), "activations": tiny_store.name,
+        "model": "tiny", "layer": 1, "absorption_preset": "smoke", "device": "cpu", "mode": "batch", "threads": 1})
+    found = letters.evaluate(given)
+    assert found.verdict.status == "valid" and found.verdict.flags[0].startswith("made elsewhere (")
+    assert found.letters.kept.sum() >= 20 and 0 < found.report["metrics"]["mean_full_absorption_score"] < 1
+    row = results.collect([given.run]).iloc[0]
+    assert row.mean_full_absorption_score == found.report["metrics"]["mean_full_absorption_score"]
+
+    def encode(sae, x):
+        """Latents of the other library, where decoder rows have the norm that the workbook folds away."""
+        with torch.no_grad():
+            if hasattr(theirs, "encode"):
+                return theirs.encode(x) * theirs.W_dec.norm(dim=1)
+            top = theirs.encoder(x - theirs.b_dec).relu().topk(K, sorted=False, dim=-1)
+            latents = torch.zeros(len(x), F).scatter_(-1, top.indices, top.values)
+            return latents * theirs.decoder.weight.norm(dim=0)
+    monkeypatch.setattr(SparseAutoencoder, "encode", encode)
+    again = letters.evaluate(given)
+    assert again.report["metrics"] == pytest.approx(found.report["metrics"], abs=1e-6)
+    assert (again.words.top_latent == found.words.top_latent).all()
 
 
 def test_what_it_was_trained_on_is_taken_from_the_folder_or_asked_for(made, tiny_store, elsewhere):

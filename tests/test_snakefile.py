@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def checkout(tmp_path_factory):
     def start(*arguments, study="small"):
         words = [sys.executable, "-m", "snakemake", "--config", f"study={study}", *arguments]
         return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True)
+                                text=True, start_new_session=True)
 
     def call(*arguments, study="small"):
         process = start(*arguments, study=study)
@@ -78,34 +79,68 @@ def test_after_a_failed_job_what_is_there_is_compared(checkout):
     assert code != 0, text[-3000:]
     table = pd.read_csv(folder / "runs/failing/compare/table.csv").set_index("variant")
     assert table.status.to_dict() == {"tiny-a": "valid", "tiny-broken": "failed"}
-    assert "run 02_train_variant first" in table.reasons["tiny-broken"]
+    assert "activations: no finished store" in table.reasons["tiny-broken"]
 
 
-def test_a_killed_snakemake_leaves_nothing_and_the_plain_command_goes_on(checkout):
-    """No kernel, no papermill and no lock outlive it; training goes on from its checkpoint."""
-    folder, call = checkout
-    study = STUDY.replace("[a, b]", "[long]").replace("smoke", "smoke, checkpoint_every: 50")
-    (folder / "params/studies/killed.yaml").write_text(study)
-    (folder / "params/variants/long.yaml").write_text(
-        VARIANT.format(k=8).replace("d_sae: 128", "d_sae: 512").replace("samples: 30000", "samples: 600000"))
-    process = call.start(study="killed")
-    run = folder / "runs/killed/tiny-long-s1"
-    while not any(run.glob("checkpoints/[0-9]*")):
+def interrupt(start, study, begun, how):
+    """Start a study, interrupt it once ``begun()`` is true; what it had started must end by itself."""
+    process = start(study=study)
+    while not begun():
         assert process.poll() is None, process.stdout.read()[-3000:]
-        time.sleep(0.05)
+        time.sleep(0.02)
     left = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate()
-    assert len(left) >= 3, "the shell, papermill and its kernel"
+    how(process)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and len(left) >= 3, "the shell, papermill and its kernel"
     assert psutil.wait_procs(left, timeout=20)[1] == []
-    assert not (run / "training.json").exists()
 
-    code, text = call(study="killed")
-    assert code == 0, text[-3000:]
+
+def killed(process):
+    process.kill()
+
+
+def terminated(process):
+    process.terminate()
+
+
+def control_c(process):
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def test_an_interrupted_snakemake_leaves_nothing_and_the_plain_command_goes_on(checkout):
+    """In every stage: no kernel, no papermill and no lock outlive it; the result is an undisturbed run's."""
+    folder, call = checkout
+    shared = "smoke, checkpoint_every: 50, tokens: 9000, store_shard_tokens: 512"
+    for study in ("killed", "whole"):
+        (folder / f"params/studies/{study}.yaml").write_text(
+            STUDY.replace("[a, b]", "[long]").replace("smoke", shared).replace("tokens: 8000, ", ""))
+    (folder / "params/variants/long.yaml").write_text(
+        VARIANT.format(k=8).replace("d_sae: 128", "d_sae: 512").replace("samples: 30000", "samples: 300000"))
+    run = folder / "runs/killed/tiny-long-s1"
+
+    def written(stage):
+        log = run / f"notebooks/{stage}.log"
+        return lambda: log.exists() and log.stat().st_size > 0
+    interrupt(call.start, "killed", lambda: any(folder.glob("activations/*.partial/*.json")), terminated)
+    interrupt(call.start, "killed", lambda: any(run.glob("checkpoints/[0-9]*")), killed)
+    assert not (run / "training.json").exists()
+    for stage, how in (("03_eval", control_c), ("04_letter_absorption", killed)):
+        interrupt(call.start, "killed", written(stage), how)
+    assert not (run / "evals/letters_done.json").exists()
+
+    for study in ("killed", "whole"):
+        code, text = call(study=study)
+        assert code == 0, text[-3000:]
+        assert "Nothing to be done" in call("--dry-run", study=study)[1]
+    whole = folder / "runs/whole/tiny-long-s1"
     assert runs.read_json(run / "training.json")["resumed_at"] != []
     assert runs.read_json(run / "validity.json")["status"] == "valid"
+    assert runs.sha256(run / "sae/sae_weights.safetensors") == runs.sha256(whole / "sae/sae_weights.safetensors")
+    for name in ("core", "absorption"):
+        assert runs.read_json(run / f"evals/{name}.json")["metrics"] == \
+            runs.read_json(whole / f"evals/{name}.json")["metrics"]
     assert not (run / "checkpoints").exists() and (run / "hashes.json").exists()
-    assert "Nothing to be done" in call("--dry-run", study="killed")[1]
+    assert not list(folder.glob("activations/*.partial")) and not list(folder.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("text, says", [

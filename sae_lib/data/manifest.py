@@ -12,42 +12,42 @@ from sae_lib.runs import RunError
 FORMAT = 1
 
 
-class Shard(BaseModel):
-    """A file of rows, in the folder itself."""
+class Part(BaseModel):
+    """A part of a manifest: a number is no word, nor a word a number."""
 
     model_config = ConfigDict(strict=True)
+
+
+class Shard(Part):
+    """A file of rows, in the folder itself."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     rows: int = Field(ge=0)
     sha256: str
 
 
-class Shards(BaseModel):
+class Shards(Part):
     """Both splits."""
 
     train: list[Shard]
     heldout: list[Shard]
 
 
-class Inputs(BaseModel):
+class Inputs(Part):
     """What was asked for; more is kept."""
-
-    model_config = ConfigDict(strict=True)
 
     model: str
     hook: str
 
 
-class Identity(BaseModel):
+class Identity(Part):
     """The model that was read; more is kept."""
 
     identity: str
 
 
-class Told(BaseModel):
+class Told(Part):
     """What reading a store needs of its manifest; more is kept there for the page."""
-
-    model_config = ConfigDict(strict=True)
 
     shards: Shards
     inputs: Inputs
@@ -64,6 +64,86 @@ class Told(BaseModel):
         if len(self.mean) != self.d_in:
             raise ValueError(f"mean has {len(self.mean)} numbers, d_in is {self.d_in}")
         return self
+
+
+class Split(Part):
+    """What was read, dropped and kept of one split; documents and tokens by source."""
+
+    blocks: int
+    text_tokens: int
+    bos_dropped: int
+    special_dropped: int
+    outliers_dropped: int
+    rows: int
+    documents: dict[str, int]
+    tokens: dict[str, int]
+
+
+class Splits(Part):
+    """Both splits."""
+
+    train: Split
+    heldout: Split
+
+
+class Histogram(Part):
+    """Edges and counts of the norms."""
+
+    edges: list[float] = Field(min_length=2)
+    counts: list[int] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _not_empty(self):
+        if len(self.edges) != len(self.counts) + 1 or not any(self.counts) or min(self.counts) < 0:
+            raise ValueError("one edge more than counts is wanted, and a count above 0")
+        return self
+
+
+class Example(Part):
+    """A block as text."""
+
+    block: int
+    sources: list[str]
+    text: str
+
+
+class Architecture(Identity):
+    """The model, for people."""
+
+    architecture: str
+    n_layers: int
+
+
+class Limits(Part):
+    """What decides which tokens were dropped."""
+
+    max_norm_ratio: float
+
+
+class Described(Part):
+    """What the page shows of a manifest beside what reading needs."""
+
+    name: str
+    model: Architecture
+    inputs: Limits
+    shares: dict[str, float]
+    counts: Splits
+    median_norm: float = Field(gt=0, allow_inf_nan=False)
+    rms_norm: float = Field(gt=0, allow_inf_nan=False)
+    norm_histogram: Histogram
+    tokens_per_second: float | None = None
+    examples: list[Example]
+
+
+def check_described(manifest: dict[str, Any]) -> None:
+    """Raises RunError naming the store and the key where 01's page could not be drawn of a manifest."""
+    try:
+        Described.model_validate(manifest)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise RunError(f"activations/{manifest.get('name')}/manifest.json: damaged ({key}: {fault['msg']}); delete the "
+                       "folder and run 01_extract again") from None
 
 
 def told_by(manifest: Any, file: Path) -> Told:

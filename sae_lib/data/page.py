@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from sae_lib.data.manifest import check_described
+
 LABELS = {"blocks": "blocks", "text_tokens": "tokens in blocks, without BOS", "bos_dropped": "BOS dropped",
           "special_dropped": "special tokens dropped", "outliers_dropped": "outliers dropped", "rows": "rows kept"}
 
@@ -21,7 +23,8 @@ def counts(manifest: dict[str, Any]) -> pd.DataFrame:
 
 
 def facts(manifest: dict[str, Any]) -> pd.DataFrame:
-    """Model, place, sizes and speed, as name and value."""
+    """Model, place, sizes and speed, as name and value. Raises RunError for a manifest that the page cannot show."""
+    check_described(manifest)
     model, speed = manifest["model"], manifest.get("tokens_per_second")
     rows = {"model": model["identity"], "architecture": f"{model['architecture']}, {model['n_layers']} layers",
             "hook": manifest["hook"], "width d_in": str(manifest["d_in"]), "dtype": manifest["dtype"],

@@ -59,6 +59,8 @@ def _read(run: runs.Run) -> dict[str, Any]:
     if not run.path.is_dir():
         raise runs.RunError(f"not there: {run.path.relative_to(runs.home())}")
     verdict = run.json("validity.json", {"status": "failed", "reasons": ["no verdict: 02 did not end"], "flags": []})
+    if verdict["status"] == "failed" and not (run.path / "params.yaml").exists() and len(verdict["reasons"]):
+        raise runs.RunError("; ".join(verdict["reasons"]))  # it never began
     values, t, core = run.params, run.json("training.json", {}), run.json("evals/core.json", {})
     row = {"status": verdict["status"], "reasons": "; ".join(verdict["reasons"]), "flags": "; ".join(verdict["flags"])}
     if row["status"] not in STATES:
