@@ -84,8 +84,12 @@ COMPARED = given("compare", {"mode": "batch", "study": STUDY, "run": STUDY, "run
                              "baseline": studies.baseline(STUDY)})
 
 
+EVALUATED = [f"{HOME}/runs/{name}/evals/{file}" for name in MEMBERS for file in ("done.json", "letters_done.json")]
+
+
 rule all:
-    input: f"{HOME}/runs/{STUDY}/compare/table.csv"
+    # The evaluations too: a comparison made after a failure is a table of what was there, not the end of the study.
+    input: f"{HOME}/runs/{STUDY}/compare/table.csv", EVALUATED
 
 
 rule extract:
@@ -138,7 +142,7 @@ rule letters:
 rule compare:
     input:
         notebook=ancient(notebook("compare")),
-        evals=[f"{HOME}/runs/{name}/evals/{file}" for name in MEMBERS for file in ("done.json", "letters_done.json")]
+        evals=EVALUATED
     output: f"{HOME}/runs/{STUDY}/compare/table.csv"
     log: notebook=f"{HOME}/runs/{STUDY}/compare/05_compare.ipynb", text=f"{HOME}/runs/{STUDY}/compare/05_compare.log"
     params:

@@ -171,6 +171,11 @@ class Run:
         return f"Run({self.name!r})"
 
     @property
+    def finished(self) -> bool:
+        """Whether an SAE was saved; its folder alone may be one that Snakemake made for what is to come."""
+        return (self.path / "sae/cfg.json").exists()
+
+    @property
     def params(self) -> dict[str, Any]:
         """The resolved parameters that the run was trained with."""
         file = self.path / "params.yaml"
@@ -200,7 +205,7 @@ class Run:
         try:
             yield self
         except Exception as error:
-            if keep_finished and (self.path / "sae").exists():
+            if keep_finished and self.finished:
                 raise
             reason = f"{stage} failed: {type(error).__name__}: {error}"
             where = traceback.format_exc(limit=-3)
@@ -222,7 +227,7 @@ def start(p: Common, **made_from: Any) -> Run:
     """
     run, asked = Run(p.run), resolved(p) | made_from
     with presence.alone(run.path, f"run '{p.run}'"):
-        if (run.path / "sae").exists() and not p.overwrite:
+        if run.finished and not p.overwrite:
             other = sorted(k for k in {*asked, *run.params} if asked.get(k) != run.params.get(k))
             if other:
                 raise RunError(f"run '{p.run}' is finished with other parameters ({', '.join(other)}); "

@@ -80,6 +80,7 @@ def test_after_a_failed_job_what_is_there_is_compared(checkout):
     table = pd.read_csv(folder / "runs/failing/compare/table.csv").set_index("variant")
     assert table.status.to_dict() == {"tiny-a": "valid", "tiny-broken": "failed"}
     assert "activations: no finished store" in table.reasons["tiny-broken"]
+    assert jobs(call("--dry-run", study="failing")[1])["train"] == 1, "a table of what is there is not the end"
 
 
 def interrupt(start, study, begun, how):
