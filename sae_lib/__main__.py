@@ -12,7 +12,7 @@ OUTPUTS = ("params.yaml", "training.json", "history.parquet", "validity.json", "
            "sae/sae_weights.safetensors", "evals/core.json", "evals/absorption.json",
            "figures/training_curves.html", "notebooks/02_train_variant.ipynb", "notebooks/03_eval.ipynb",
            "notebooks/04_letter_absorption.ipynb")
-README_FIGURES = ("training_curves_by_run", "compression_panels", "comparison_table")
+README_FIGURES = ("training_curves_by_run", "compression_panels", "comparison_table", "letters_by_run")
 
 
 def check(study: str) -> int:

@@ -140,8 +140,11 @@ def test_tables_are_exported_in_four_forms():
 
 
 def test_letters_figures_show_what_was_measured_and_keep_the_two_metrics_apart():
-    names = [fake_run("s/topk-s1"), fake_run("s/dead-s1", status="invalid", reasons=["dead: 95 %"])]
-    for name, rate in zip(names, (0.25, 0.0)):
+    names = [fake_run("s/topk-s1"), fake_run("s/dead-s1", status="invalid", reasons=["dead: 95 %"]),
+             fake_run("s/other-s1"), fake_run("s/random-s1", status="null")]
+    path = runs.folder_of(names[3]) / "params.yaml"
+    path.write_text(path.read_text().replace("role: normal", "role: 'null'"))
+    for name, rate in zip(names, (0.25, 0.0, 0.5, 0.3)):
         evals = runs.folder_of(name) / "evals"
         runs.write_json(evals / "absorption.json", {"metrics": {
             "mean_full_absorption_score": rate, "mean_absorption_fraction_score": 2 * rate,
@@ -152,9 +155,15 @@ def test_letters_figures_show_what_was_measured_and_keep_the_two_metrics_apart()
     found = compare.compare(check("compare", {"study": "s", "runs": names, "baseline": "topk"}))
     drawn = figures_absorption.all_figures(found, "")
     assert set(drawn) == {"core_against_l0", "absorption_by_run", "splits_by_run", "letters_by_run"}
-    assert [list(trace.x) for trace in drawn["absorption_by_run"].data if trace.x[0] is not None] == [[0.25], [0.5]]
-    assert drawn["letters_by_run"].data[0].z.tolist() == [[0.25, 0.25]]
-    assert any("dead: 95 %" in note.text for note in drawn["absorption_by_run"].layout.annotations)
+    by_run = drawn["absorption_by_run"]
+    marks = [(list(trace.x), trace.marker.symbol) for trace in by_run.data if trace.x[0] is not None]
+    assert [x for x, symbol in marks if symbol != "diamond-open"] == [[0.25, 0.5], [0.5, 1.0]]
+    assert [x for x, symbol in marks if symbol == "diamond-open"] == [[0.3], [0.6]], "null baselines, hollow"
+    assert any("dead: 95 %" in note.text for note in by_run.layout.annotations)
+    heat = drawn["letters_by_run"]
+    assert dict(zip(heat.data[0].y, heat.data[0].z.tolist())) == {"topk-s1": [0.25, 0.25], "other-s1": [0.5, 0.5]}
+    # plotly.js writes a cell's number on another row's colour where a categoryarray turns the rows.
+    assert heat.layout.yaxis.categoryarray is None and list(heat.data[0].y) == ["other-s1", "topk-s1"]
 
 
 def test_a_comparison_of_nothing_says_so():

@@ -8,25 +8,31 @@ from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
 from sae_lib.views.figures_compare import labels, main, mark_apart, name_rows, span
-from sae_lib.views.template import COLOURS, SYMBOLS, dress
+from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress
 
 CORE = ("explained_variance", "ce_loss_score", "kl_div_with_sae")
 
 
 def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: str = "") -> go.Figure:
-    """One panel per metric, a row per run; runs set apart say why on their row."""
+    """One panel per metric, a row per run; null baselines are hollow, other runs set apart say why on their row."""
     names, kept = labels(table), main(table)
+    null = (table.status == "null") & (table.role == "null") & table[list(metrics)].notna().all(axis=1)
+    names |= {run: f"{names[run]}<br>(null baseline)" for run in table.run[null]}
     titles = [f"{METRICS[n].label} <span style='font-size:13px'>({METRICS[n].reading})</span>" for n in metrics]
     fig = make_subplots(rows=1, cols=len(metrics), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
     for number, metric in enumerate(metrics):
         fig.add_scatter(x=table[metric][kept], y=[names[run] for run in table.run[kept]], mode="markers", row=1,
                         col=number + 1, showlegend=False,
                         marker={"size": 13, "color": COLOURS[number], "symbol": SYMBOLS[number]})
-        top = table[metric][kept].max()
+        fig.add_scatter(x=table[metric][null], y=[names[run] for run in table.run[null]], mode="markers", row=1,
+                        col=number + 1, showlegend=False,
+                        marker={"size": 12, "color": GREY, "symbol": "diamond-open", "line": {"width": 2}})
+        top = table[metric][kept | null].max()
         fig.update_xaxes(title=METRICS[metric].unit, range=[0, 1.15 * top if top > 0 else 1], row=1, col=number + 1)
-    mark_apart(fig, table[~kept], names)
+    mark_apart(fig, table[~kept & ~null], names, longest=150 // (1 + len(metrics)))
     name_rows(fig, [names[run] for run in table.run])
-    return dress(fig, title, caption, width=1080, height=250 + 36 * len(table), top=110)
+    caption += "; hollow: null baseline, what the shape alone scores" if null.any() else ""
+    return dress(fig, title, caption, width=1080, height=250 + 44 * len(table), top=110)
 
 
 def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = "") -> go.Figure:
@@ -34,12 +40,13 @@ def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = ""
     names = labels(table)
     means = letters.assign(full_absorption=pd.to_numeric(letters.full_absorption, errors="coerce")).pivot_table(
         index="run", columns="letter", values="full_absorption", aggfunc="mean")
-    means = means.reindex([run for run in table.run if run in means.index])
+    # Bottom row first: with a categoryarray that turns them, plotly.js writes the numbers on other rows' colours.
+    means = means.reindex([run for run in table.run if run in means.index][::-1])
     fig = go.Figure(go.Heatmap(z=means.to_numpy(), x=list(means.columns), y=[names[run] for run in means.index],
                                colorscale="Cividis", zmin=0, texttemplate="%{z:.2f}", textfont={"size": 10},
                                colorbar={"title": {"text": "share of words"}}, hoverongaps=False))
     fig.update_xaxes(title="First letter", type="category", showgrid=False)
-    name_rows(fig, [names[run] for run in means.index])
+    fig.update_yaxes(automargin=True, type="category")
     return dress(fig, "Full absorption by letter and run (lower is better)", caption, width=1180,
                  height=260 + 40 * len(means), top=80)
 

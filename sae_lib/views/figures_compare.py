@@ -13,6 +13,8 @@ from plotly.subplots import make_subplots
 from sae_lib.metrics import METRICS
 from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress, style
 
+TABLE = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2",
+         "mean_full_absorption_score")
 PANELS = ("explained_variance", "mse", "l0", "kl_div_with_sae")
 
 
@@ -165,7 +167,7 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
     """
     table = pd.concat([table[main(table)], table[~main(table)]])
     measured = (table.status == "valid") | (table.status == "null")
-    columns = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2")
+    columns = [name for name in TABLE if name in table and table[name].notna().any()]
     arrows = {1: " ↑", -1: " ↓", 0: ""}
     names, valid = labels(table), main(table)
     head = ["run", "verdict", *(METRICS[name].label + arrows[METRICS[name].direction] for name in columns)]
@@ -176,13 +178,13 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
     cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], measured)] for name in columns]
     ink = [["#111111" if ok else "#777777" for ok in valid]] * len(head)
     fig = go.Figure(go.Table(
-        columnwidth=[2.2, 2.7, *[1.4] * len(columns)],
+        columnwidth=[2.2, 3, *[1.5] * len(columns)],
         header={"values": [f"<b>{text}</b>" for text in head], "align": "left", "fill_color": "#E9EEF2",
                 "font_size": 13},
         cells={"values": cells, "align": "left", "fill_color": "white", "font": {"size": 13, "color": ink},
                "height": 28, "line_color": "#CCCCCC"}))
     heights = [30 + 19 * max(text.count("<br>"), name.count("<br>")) for name, text in zip(runs, said)]
-    return dress(fig, "Comparison (↑ higher is better, ↓ lower is better)", caption, width=1180,
+    return dress(fig, "Comparison (↑ higher is better, ↓ lower is better)", caption, width=460 + 140 * len(columns),
                  height=70 + 110 + sum(heights) + 100, top=70, side=30)
 
 
@@ -221,11 +223,11 @@ def _wrapped(text: str, width: int = 36) -> str:
     return "<br>".join([*lines, line])
 
 
-def mark_apart(fig: go.Figure, bad: pd.DataFrame, names: dict[str, str]) -> None:
-    """Say on the row of each run that is not valid what it is, and why, in grey."""
+def mark_apart(fig: go.Figure, bad: pd.DataFrame, names: dict[str, str], longest: int = 90) -> None:
+    """Say on the row of each run that is not valid what it is, and why, in grey, in ``longest`` characters at most."""
     for row in bad.itertuples():
         reason = why(row)
-        reason = reason if len(reason) <= 90 else reason[:87] + "..."
+        reason = reason if len(reason) <= longest else reason[:longest - 3] + "..."
         fig.add_scatter(y=[names[row.run]], x=[None], showlegend=False)
         fig.add_annotation(y=names[row.run], x=0.01, xref="paper", text=reason.replace("<", "&lt;"),
                            showarrow=False, xanchor="left", font={"color": "#777777", "size": 12})
