@@ -212,7 +212,8 @@ def test_04_evaluates_it_as_its_librarys_own_encoder(name, made, tiny_store, mon
     folder, theirs = made[name]
     given = params.check("letters", {
         "run": f"outside/letters-{name.replace(' ', '-')}", "sae": str(folder), "activations": tiny_store.name,
-        "model": "tiny", "layer": 1, "absorption_preset": "smoke", "device": "cpu", "mode": "batch", "threads": 1})
+        "model": "tiny", "layer": 1, "absorption_preset": "smoke", "absorption_seeds": [7], "device": "cpu",
+        "mode": "batch", "threads": 1})
     found = letters.evaluate(given)
     assert found.verdict.status == "valid" and found.verdict.flags[0].startswith("made elsewhere (")
     assert found.letters.kept.sum() >= 20 and 0 < found.report["metrics"]["mean_full_absorption_score"] < 1
