@@ -101,7 +101,7 @@ class _Random:
     """A source of random activations of a model's width: enough to time a step."""
 
     name = content_hash = "random"
-    scale = 1.0
+    scale, reads_ahead = 1.0, False
 
     def __init__(self, width: int, rows: int):
         import torch

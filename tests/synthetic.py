@@ -8,7 +8,7 @@ from sae_lib.data.activations import Batch
 class Planted:
     """Rows x = sum of a few of ``n_latents`` unit directions, with positive strengths, plus a mean and noise."""
 
-    name, content_hash = "planted", "planted"
+    name, content_hash, reads_ahead = "planted", "planted", False
 
     def __init__(self, d_in=32, n_latents=64, active=3, rows=8192, seed=0, correlated=0.0):
         g = torch.Generator().manual_seed(seed)

@@ -67,6 +67,9 @@ def order_of(rows: Batch, order: str, draw: torch.Generator) -> torch.Tensor:
 class Store:
     """A finished store of activations."""
 
+    reads_ahead = True
+    """Gathering a batch takes little of a core: it can be done while the one before is trained on."""
+
     def __init__(self, path: Path, buffer_mb: int = 2048, manifest: dict | None = None):
         """Open a folder. Raises RunError naming what is missing or damaged; shards are hashed when first read."""
         self.path, self.buffer_mb = Path(path), buffer_mb

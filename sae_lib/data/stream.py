@@ -27,6 +27,9 @@ CALIBRATION_TOKENS = 65_536
 class Stream:
     """Reads like a Store. Exact and repeatable, but every pass runs the model."""
 
+    reads_ahead = False
+    """The model takes the cores that a training step takes."""
+
     def __init__(self, p: Extract):
         """Load the model, take the held-out split and calibrate. Raises ParameterError as extraction does."""
         self.p, self.name = p, f"stream-{params.activations_name(p)}"

@@ -113,6 +113,8 @@ class Train(Extract):
     """Rows in random order, or blocks of text in order."""
     lr: float | None = Field(None, gt=0)
     """Learning rate; None takes 2e-4 / sqrt(d_sae / 16384) for topk, 3e-4 for standard."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the encoder's product; weights and all else are float32. auto takes bfloat16 where the processor has it."""
     warmup_steps: int = Field(100, ge=0)
     """Steps over which the learning rate rises."""
     lr_decay: float = Field(0.2, ge=0, le=1)

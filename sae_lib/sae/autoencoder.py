@@ -16,7 +16,7 @@ from sae_lib.runs import RunError, read_json, whole
 from sae_lib.sae import architectures
 from sae_lib.sae.codes import Dense
 from sae_lib.sae.context import Context
-from sae_lib.sae.kernels import reference
+from sae_lib.sae.kernels.reference import Reference, reference
 
 SAE_LENS_FORMAT = "6.54.12"
 """The version whose cfg.json we write: SAELens reads `metadata` whole only where it is 6 or newer."""
@@ -62,14 +62,10 @@ class SparseAutoencoder(nn.Module):
         """F"""
         return self.W_dec.shape[0]
 
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """(B, D) to (B, F)."""
-        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
-
     def run(self, ctx: Context) -> Context:
         """One forward pass: fills pre-activations (dense path only), codes, rows and reconstruction."""
-        if self.kernel is reference:
-            ctx.pre_acts = self.pre_activations(ctx.x)
+        if isinstance(self.kernel, Reference):
+            ctx.pre_acts = self.kernel.pre_activations(ctx.x, self)
             for hook in self.hooks:
                 ctx.pre_acts = hook.before_selection(ctx.pre_acts, ctx)
             ctx.codes = self.architecture.select(ctx.pre_acts)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from sae_lib import params, runs
 
-FORMAT, KEPT = 1, 2
+FORMAT, KEPT = 2, 2
 
 
 def made_with(trainer) -> dict[str, Any]:
     """Everything that decides the bits of a training: a checkpoint continues only where all of it is the same."""
     held = {**runs.resolved(trainer.p), "activations content": trainer.source.content_hash,
-            "threads": torch.get_num_threads(), "device": trainer.device, "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "device": trainer.device, "kernel": trainer.sae.kernel.name, "torch": torch.__version__,
             "code of the training": runs.library_digest("data", "sae", "training"), "checkpoint format": FORMAT}
     return json.loads(json.dumps(held))
 
@@ -98,8 +98,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _tensors(trainer) -> dict[str, Tensor]:
     found = {f"weights.{name}": value for name, value in trainer.sae.named_parameters()}
-    for i, parameter in enumerate(trainer.parameters):
-        found |= {f"adam.{i}.{key}": value for key, value in trainer.optimiser.state[parameter].items()}
+    found |= {f"adam.{key}": value for key, value in trainer.optimiser.state_dict().items()}
     for i, part in enumerate(trainer.ingredients):
         found |= {f"ingredient.{i}.{key}": value for key, value in part.state_dict().items()}
         found[f"generator.{i}"] = part.generator.get_state()
@@ -113,9 +112,7 @@ def _restore(trainer, state: dict[str, Any], tensors: dict[str, Tensor]) -> None
 
     for name, parameter in trainer.sae.named_parameters():
         parameter.copy_(tensors[f"weights.{name}"])
-    for i, parameter in enumerate(trainer.parameters):
-        trainer.optimiser.state[parameter] = {key: value.to(parameter.device)
-                                              for key, value in under(f"adam.{i}.").items()}
+    trainer.optimiser.load_state_dict(under("adam."))
     for i, part in enumerate(trainer.ingredients):
         part.load_state_dict(under(f"ingredient.{i}."))
         part.generator.set_state(tensors[f"generator.{i}"].clone())

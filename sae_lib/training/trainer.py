@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_lib import presence, runs
+from sae_lib.data.ahead import ahead
 from sae_lib.data.store import generator
 from sae_lib.params import Train
 from sae_lib.progress import Progress
@@ -19,7 +20,9 @@ from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
 from sae_lib.training import checkpoint, measure, terms
+from sae_lib.training.adam import Adam
 from sae_lib.training.ingredients import Ingredient, configured, load_sae
+from sae_lib.training.memory import keep_freed_memory
 from sae_lib.training.schedules import learning_rate_factor
 
 
@@ -61,6 +64,7 @@ class Trainer:
         self.p, self.source = p, source
         if p.threads:
             torch.set_num_threads(p.threads)
+        keep_freed_memory()
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if p.device == "auto" else p.device
         # Each use of chance has a stream of its own from the one seed: an ingredient that draws numbers changes
         # neither the initial weights nor the order of the data, and runs of one seed stay paired.
@@ -75,10 +79,11 @@ class Trainer:
         self.ingredients = [kind(config, source.d_in, p.d_sae, generator(p.seed, kind.name)) for kind, config in parts]
         self.sae.hooks = [part for part in self.ingredients if part.changes_forward]
         dense = any(part.needs & {"pre_acts", "dense"} for part in self.ingredients)
-        self.sae.kernel = kernels.pick(self.device, sparse=architecture.sparse and not dense)
+        self.sae.kernel = kernels.pick(self.device, architecture.sparse and not dense,
+                                       kernels.precision_of(p.precision, self.device))
         self.lr = p.lr or architecture.default_lr(p.d_sae)
         self.parameters = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
+        self.optimiser = Adam(self.parameters, unit=[self.sae.W_dec])
         self.silent = torch.zeros(p.d_sae, dtype=torch.int64, device=self.device)
         """(F,) samples since each latent fired."""
         self.rows: list[dict[str, float]] = []
@@ -101,6 +106,7 @@ class Trainer:
         last = self.total_steps if p.stop_after_steps is None else min(self.total_steps, p.stop_after_steps)
         every = max(1, self.total_steps // p.log_points)
         batches = self.source.batches(p.batch_size, last * p.batch_size, order=p.order, seed=p.seed, start=self.step)
+        batches = ahead(batches) if self.source.reads_ahead else batches
         try:
             with Progress(last * p.batch_size, f"training {p.run}", p.mode, "samples",
                           initial=self.step * p.batch_size) as bar:
@@ -130,25 +136,21 @@ class Trainer:
         if total != total or abs(total) == float("inf"):
             self.nonfinite = f"the loss became {total} at step {self.step}"
             return
-        self.optimiser.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         shares = terms.backward_with_shares(losses, self.parameters) if log else terms.backward(losses)
-        remove_parallel_gradient(sae.W_dec)
         for part in self.ingredients:
             part.on_gradients(sae, ctx)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, p.grad_clip)
         factor = learning_rate_factor(self.step, self.total_steps, p.warmup_steps, p.lr_decay)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.lr * factor
-        self.optimiser.step()
+        norm = self.optimiser.step(self.lr * factor, p.grad_clip)
         with torch.no_grad():
-            torch.nn.functional.normalize(sae.W_dec, dim=1, out=sae.W_dec.data)
             for part in self.ingredients:
                 part.after_step(sae, ctx)
             sae.architecture.after_step(ctx)
             self.silent += len(ctx.x)
             self.silent[ctx.fired] = 0
         if log:
-            self._record(ctx, losses, shares, float(norm), self.lr * factor)
+            self._record(ctx, losses, shares, norm, self.lr * factor)
         self.step += 1
 
     def _record(self, ctx: Context, losses: dict[str, Tensor], shares: dict[str, float], norm: float, lr: float):
@@ -229,8 +231,3 @@ def unused_parameters(p: Train) -> list[str]:
     others -= architectures.get(p.architecture).uses
     return sorted(name for name in others if getattr(p, name) != Train.model_fields[name].default)
 
-
-def remove_parallel_gradient(rows: Tensor) -> None:
-    """Take from the gradient of unit ``rows`` (F, D) its part along each row, which only changes its norm."""
-    along = (rows.grad * rows.detach()).sum(1, keepdim=True)
-    rows.grad.addcmul_(along, rows.detach(), value=-1)

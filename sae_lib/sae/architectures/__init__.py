@@ -14,7 +14,6 @@ from torch import Tensor
 from sae_lib.params import ParameterError, nearest
 from sae_lib.sae.codes import Codes
 from sae_lib.sae.context import Context
-from sae_lib.sae.kernels import reference
 
 REGISTRY: dict[str, type[Architecture]] = {}
 
@@ -53,7 +52,7 @@ class Architecture:
 
     def encode(self, x: Tensor, sae, kernel) -> Codes:
         """Latents of ``x`` (B, D) by a kernel; sparse architectures override it."""
-        return self.select(sae.pre_activations(x))
+        return self.select(kernel.pre_activations(x, sae))
 
     def losses(self, ctx: Context) -> dict[str, Tensor]:
         """The architecture's own loss terms, weighted, by name."""
@@ -89,4 +88,4 @@ def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["REGISTRY", "Architecture", "get", "reference", "register", "squared_error"]
+__all__ = ["REGISTRY", "Architecture", "get", "register", "squared_error"]

@@ -15,11 +15,13 @@ from sae_lib.sae.context import Context
 class Standard(architectures.Architecture):
     """``l1 * sum_i f_i |W_dec_i|`` after a linear warm-up; ``target_l0`` moves l1 until L0 fits.
 
-    The April 2024 update's form: the penalty counts the decoder's norms, which are 1 here.
+    The April 2024 update's form: the penalty counts the decoder's norms. Rows are of unit norm, and the gradient
+    along them is projected away, so the norms are left out.
     """
 
     name = "standard"
     uses = frozenset({"l1", "l1_warmup", "target_l0"})
+    sparse = True
     state = ("log_factor", "fast", "slow")
     log_factor = 0.0
     """The controller's correction of l1, as a logarithm."""
@@ -31,6 +33,10 @@ class Standard(architectures.Architecture):
         """ReLU of (B, F)."""
         return Dense(pre_acts.relu())
 
+    def encode(self, x: Tensor, sae, kernel) -> Codes:
+        """The same by a kernel: ragged where few are active."""
+        return kernel.relu(x, sae)
+
     def weight(self, progress: float) -> float:
         """The L1 weight in force."""
         warm = min(1.0, progress / self.l1_warmup) if self.l1_warmup else 1.0
@@ -38,8 +44,7 @@ class Standard(architectures.Architecture):
 
     def losses(self, ctx: Context) -> dict[str, Tensor]:
         """The sparsity penalty, averaged over tokens."""
-        penalty = (ctx.codes.values * ctx.sae.W_dec.norm(dim=1)).sum(1).mean()
-        return {"l1": self.weight(ctx.progress) * penalty}
+        return {"l1": self.weight(ctx.progress) * ctx.codes.values.sum() / len(ctx.x)}
 
     def after_step(self, ctx: Context) -> None:
         """With ``target_l0``: move log l1 by where L0 is heading, log(L0 / target) plus its trend.

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_lib.sae import architectures
 from sae_lib.sae.codes import Codes
 from sae_lib.sae.context import Context
-from sae_lib.sae.kernels import reference
+from sae_lib.sae.kernels.reference import select_topk
 
 
 @architectures.register
@@ -37,7 +37,7 @@ class TopK(architectures.Architecture):
 
     def select(self, pre_acts: Tensor) -> Codes:
         """The k largest of each row of (B, F), through ReLU."""
-        return reference.select_topk(pre_acts, self.k)
+        return select_topk(pre_acts, self.k)
 
     def encode(self, x: Tensor, sae, kernel) -> Codes:
         """The same by a kernel."""
@@ -57,7 +57,6 @@ def auxiliary_loss(ctx: Context, aux_k: int) -> Tensor:
     enters through the encoder alone, so it is counted once. Only rows of dead latents are touched.
     """
     sae, dead = ctx.sae, ctx.dead.nonzero()[:, 0]
-    pre_acts = (ctx.x - sae.b_dec) @ sae.W_enc[dead].T + sae.b_enc[dead]
-    codes = reference.select_topk(pre_acts, min(aux_k, len(dead)))
+    codes = sae.kernel.topk(ctx.x, sae, aux_k, only=dead)
     residual = (ctx.x - ctx.reconstruction).detach()
-    return architectures.squared_error(residual, reference.decode(codes, sae.W_dec[dead]))
+    return architectures.squared_error(residual, sae.kernel.decode(codes, sae.W_dec[dead]))

@@ -1,12 +1,39 @@
 """Encode and decode behind one interface; ``pick`` chooses the form once per run.
 
-A kernel has ``topk(x, sae, k) -> FixedK`` (encoder product and selection) and ``decode(codes, rows) -> (B, D)``
-(without the bias). Every form gives the same values and gradients as ``reference``.
+A kernel has ``topk``, ``batch_topk``, ``above`` and ``relu`` (encoder product and selection: codes of ``x`` (B, D)) and
+``decode(codes, rows) -> (B, D)`` (without the bias). Every form gives the values and gradients of ``reference``.
 """
 
-from sae_lib.sae.kernels import cpu, reference
+import torch
+
+from sae_lib.sae.kernels.reference import Reference, reference
+from sae_lib.sae.kernels.sparse import Sparse
+
+__all__ = ["Reference", "Sparse", "pick", "precision_of", "reference"]
 
 
-def pick(device: str, sparse: bool):
-    """The fastest kernel for a device: ``sparse`` where nothing needs a gradient through all pre-activations."""
-    return cpu if sparse and device == "cpu" else reference
+def precision_of(asked: str, device: str) -> torch.dtype:
+    """The encoder product's precision: ``auto`` takes bfloat16 where the processor multiplies it, else float32.
+
+    A rule, not a timing: a run that goes on after an interruption must go on in the same bits.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    if device == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def pick(device: str, sparse: bool, precision: torch.dtype = torch.float32):
+    """The kernel for a device: ``sparse`` where nothing needs a gradient through all pre-activations."""
+    short = str(precision).removeprefix("torch.")
+    if not sparse:
+        return Reference(precision)
+    if device == "cpu":
+        from sae_lib.sae.kernels import cpu
+
+        cpu.same_threads()
+        return Sparse(cpu, precision, f"cpu_sparse_{short}")
+    return Reference(precision)

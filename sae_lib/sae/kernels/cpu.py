@@ -1,82 +1,201 @@
-"""TopK on a CPU: one dense product (the encoder's); everything after the selection is sparse.
+"""The sparse primitives on a CPU, compiled by numba: selection, gathered dot products, transposed sparse product.
 
-Backward, with g the gradient at the B x K active latents and R the residual's gradient (B, D):
-d W_enc = G^T (x - b_dec) and d W_dec = F^T R as sparse (F x B) times dense (B x D) products; g itself from
-gathered decoder rows. No F-wide gradient is ever formed.
+Pre-activations are read as integers: for floats of one sign the order of the bit patterns is the order of the values,
+and an int16 row of 4096 bfloat16 values is compared 32 at a time. Every loop runs over rows that nobody else writes,
+so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
 
-import warnings
-
+import numba
+import numpy as np
 import torch
+from numba import njit, prange
 from torch import Tensor
 
-from sae_lib.sae.codes import Codes, FixedK
-from sae_lib.sae.kernels import reference
-
-name = "cpu_sparse"
-warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
+KEY = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+COMPILED = {"parallel": True, "nogil": True, "cache": True}
 
 
-def topk(x: Tensor, sae, k: int) -> FixedK:
-    """The k largest pre-activations of each row of ``x`` (B, D), through ReLU; sparse backward."""
-    values, indices = _EncodeTopK.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, k)
-    return FixedK(indices, values, sae.d_sae)
+def same_threads() -> None:
+    """Use as many threads as torch does."""
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
 
 
-def decode(codes: Codes, rows: Tensor) -> Tensor:
-    """sum_i f_i rows_i: (B, D); sparse backward for fixed-k codes, dense otherwise."""
-    if not isinstance(codes, FixedK):
-        return reference.decode(codes, rows)
-    return _Decode.apply(codes.indices, codes.values, rows)
+def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values (B, k) float32 and distinct indices (B, k) int64 of the k largest of each row of (B, F), through ReLU.
+
+    Slots beyond the positive pre-activations have value 0. Of equal values, which are taken is fixed but unspecified.
+    """
+    count, n_latents = pre_acts.shape
+    keys = pre_acts.contiguous().view(KEY[pre_acts.dtype]).numpy()
+    values, indices = np.empty((count, k), keys.dtype), np.empty((count, k), np.int64)
+    groups = 1 << (4 * k - 1).bit_length()
+    _topk(keys, k, min(groups, n_latents), values, indices)
+    return torch.from_numpy(values).view(pre_acts.dtype).float(), torch.from_numpy(indices)
 
 
-def _transposed_product(indices: Tensor, values: Tensor, dense: Tensor, n_latents: int) -> Tensor:
-    """C^T dense for the sparse codes C (B x F) given as (B, K) slots: (F, D)."""
-    flat = indices.flatten()
-    order = torch.argsort(flat, stable=True)
-    rows = torch.cat([flat.new_zeros(1), torch.bincount(flat, minlength=n_latents).cumsum(0)])
-    transposed = torch.sparse_csr_tensor(rows, order // indices.shape[1], values.flatten()[order],
-                                         (n_latents, len(indices)))
-    return transposed @ dense
+def above(pre_acts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets (B + 1,), indices (N,) and float32 values (N,) of the entries of (B, F) over ``threshold`` (F,).
+
+    The threshold is rounded to the precision of the pre-activations.
+    """
+    keys = pre_acts.contiguous().view(KEY[pre_acts.dtype]).numpy()
+    bound = threshold.to(pre_acts.dtype) + 0.0  # no -0.0, whose bit pattern would stand below 0.0
+    least = _ordered(bound.view(KEY[pre_acts.dtype])).numpy()
+    offsets = np.zeros(len(keys) + 1, np.int64)
+    _count_above(keys, least, offsets)
+    offsets = offsets.cumsum()
+    values, indices = np.empty(offsets[-1], keys.dtype), np.empty(offsets[-1], np.int64)
+    _take_above(keys, least, offsets, values, indices)
+    return (torch.from_numpy(offsets), torch.from_numpy(indices),
+            torch.from_numpy(values).view(pre_acts.dtype).float())
 
 
-class _EncodeTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, k):
-        centred = x - b_dec
-        values, indices = torch.addmm(b_enc, centred, W_enc.T).topk(k, dim=1, sorted=False)
-        values = values.relu_()
-        ctx.save_for_backward(centred, W_enc, indices, values)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        centred, W_enc, indices, values = ctx.saved_tensors
-        grad = grad * (values > 0)
-        d_W = _transposed_product(indices, grad, centred, len(W_enc))
-        d_b = torch.zeros_like(W_enc[:, 0]).index_add_(0, indices.flatten(), grad.flatten())
-        return None, d_W, d_b, -(d_b @ W_enc), None
+def gathered_dots(rows_of: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """(N,) dot products <left[rows_of[n]], right[columns[n]]> for ``left`` (B, D) and ``right`` (F, D)."""
+    out = np.empty(len(columns), np.float32)
+    _gathered_dots(rows_of.numpy(), columns.numpy(), left.contiguous().numpy(), right.contiguous().numpy(), out)
+    return torch.from_numpy(out)
 
 
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, indices, values, rows):
-        ctx.save_for_backward(indices, values, rows)
-        return torch.nn.functional.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
+def transposed_product(rows_of: Tensor, columns: Tensor, values: Tensor, dense: Tensor,
+                       n_latents: int) -> tuple[Tensor, Tensor]:
+    """C^T dense (F, D) and the sums of C's columns (F,), C (B, F) given by its N entries in row order."""
+    start, order = _by_column(columns.numpy(), n_latents)
+    out, sums = np.empty((n_latents, dense.shape[1]), np.float32), np.empty(n_latents, np.float32)
+    _transposed(start, order, rows_of.numpy(), values.contiguous().numpy(), dense.contiguous().numpy(), out, sums)
+    return torch.from_numpy(out), torch.from_numpy(sums)
 
-    @staticmethod
-    def backward(ctx, grad):
-        indices, values, rows = ctx.saved_tensors
-        grad = grad.contiguous()
-        count, k = indices.shape
-        offsets = torch.arange(0, count * k, k)
-        bags = torch.repeat_interleave(torch.arange(count), k)
-        # <grad_b, rows_i> for the active pairs only; the operator behind embedding_bag's own backward, without
-        # its dense weight gradient.
-        d_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, rows, indices.flatten(), offsets, bags, 0).view(count, k)
-        d_rows = _transposed_product(indices, values, grad, len(rows)) if ctx.needs_input_grad[2] else None
-        return None, d_values, d_rows
+
+def _ordered(keys: Tensor) -> Tensor:
+    """Bit patterns as integers in the order of the floats, negative ones included."""
+    top = torch.iinfo(keys.dtype).max
+    return torch.where(keys < 0, keys ^ top, keys)
+
+
+@njit(nogil=True, cache=True)
+def _kth_largest(a, k):
+    """Quickselect, in place; parts equal to the pivot are split, so that ties cost nothing."""
+    low, high, want = 0, a.size - 1, k - 1
+    while low < high:
+        pivot, i, j = a[(low + high) >> 1], low, high
+        while i <= j:
+            while a[i] > pivot:
+                i += 1
+            while a[j] < pivot:
+                j -= 1
+            if i <= j:
+                a[i], a[j] = a[j], a[i]
+                i += 1
+                j -= 1
+        if want <= j:
+            high = j
+        elif want >= i:
+            low = i
+        else:
+            break
+    return a[want]
+
+
+@njit(**COMPILED)
+def _topk(keys, k, groups, values, indices):
+    """The k-th largest of the groups' maxima bounds the k-th largest of all from below: few entries pass it."""
+    count, n_latents = keys.shape
+    for b in prange(count):
+        row = keys[b]
+        largest = row[:groups].copy()
+        for start in range(groups, n_latents, groups):
+            for g in range(min(groups, n_latents - start)):
+                largest[g] = max(largest[g], row[start + g])
+        bound = max(_kth_largest(largest.copy(), k), row.dtype.type(1))
+        found, where, n = np.empty(n_latents, row.dtype), np.empty(n_latents, np.int64), 0
+        for g in range(groups):
+            if largest[g] >= bound:
+                for i in range(g, n_latents, groups):
+                    if row[i] >= bound:
+                        found[n], where[n] = row[i], i
+                        n += 1
+        taken = 0
+        if n > k:
+            least = _kth_largest(found[:n].copy(), k)
+            for strict in range(2):
+                for j in range(n):
+                    if taken < k and (found[j] > least if strict == 0 else found[j] == least):
+                        values[b, taken], indices[b, taken] = found[j], where[j]
+                        taken += 1
+        else:
+            for j in range(n):
+                values[b, j], indices[b, j] = found[j], where[j]
+            taken = n
+        i = 0
+        while taken < k:  # too few are positive: inactive slots, each with a latent of its own
+            if row[i] <= 0:
+                values[b, taken], indices[b, taken] = 0, i
+                taken += 1
+            i += 1
+
+
+@njit(**COMPILED)
+def _count_above(keys, least, offsets):
+    count, n_latents = keys.shape
+    top = np.iinfo(keys.dtype).max
+    for b in prange(count):
+        row, n = keys[b], 0
+        for i in range(n_latents):
+            key = row[i] ^ top if row[i] < 0 else row[i]
+            n += key > least[i]
+        offsets[b + 1] = n
+
+
+@njit(**COMPILED)
+def _take_above(keys, least, offsets, values, indices):
+    count, n_latents = keys.shape
+    top = np.iinfo(keys.dtype).max
+    for b in prange(count):
+        row, n = keys[b], offsets[b]
+        for i in range(n_latents):
+            key = row[i] ^ top if row[i] < 0 else row[i]
+            if key > least[i]:
+                values[n], indices[n] = row[i], i
+                n += 1
+
+
+@njit(**COMPILED, fastmath=True)
+def _gathered_dots(rows_of, columns, left, right, out):
+    width = left.shape[1]
+    for n in prange(len(columns)):
+        a, b, total = left[rows_of[n]], right[columns[n]], np.float32(0)
+        for d in range(width):
+            total += a[d] * b[d]
+        out[n] = total
+
+
+@njit(nogil=True, cache=True)
+def _by_column(columns, n_latents):
+    """Counting sort: where each column's entries start, and the entries in the order of their columns."""
+    start = np.zeros(n_latents + 1, np.int64)
+    for n in range(columns.size):
+        start[columns[n] + 1] += 1
+    for f in range(n_latents):
+        start[f + 1] += start[f]
+    free, order = start[:-1].copy(), np.empty(columns.size, np.int64)
+    for n in range(columns.size):
+        order[free[columns[n]]] = n
+        free[columns[n]] += 1
+    return start, order
+
+
+@njit(**COMPILED)
+def _transposed(start, order, rows_of, values, dense, out, sums):
+    width = dense.shape[1]
+    for f in prange(start.size - 1):
+        row, total = out[f], np.float32(0)
+        row[:] = 0
+        for place in range(start[f], start[f + 1]):
+            entry = order[place]
+            value, other = values[entry], dense[rows_of[entry]]
+            total += value
+            for d in range(width):
+                row[d] += value * other[d]
+        sums[f] = total

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from sae_lib.sae.codes import Codes, FixedK
-
-name = "reference"
+from sae_lib.sae.codes import CSR, Codes, Dense, FixedK
 
 
-def topk(x: Tensor, sae, k: int) -> FixedK:
-    """The k largest pre-activations of each row of ``x`` (B, D), through ReLU."""
-    return select_topk(sae.pre_activations(x), k)
+class Reference:
+    """Every pre-activation is there, with a gradient. In bfloat16 the products are, weights and sums stay float32."""
+
+    def __init__(self, precision: torch.dtype = torch.float32):
+        self.precision = precision
+        self.name = "reference" if precision == torch.float32 else "reference_bfloat16"
+
+    def pre_activations(self, x: Tensor, sae) -> Tensor:
+        """(B, D) to (B, F) float32."""
+        parts = x - sae.b_dec, sae.W_enc, sae.b_enc
+        if self.precision != torch.float32:
+            parts = (part.to(self.precision) for part in parts)
+        return torch.nn.functional.linear(*parts).to(x.dtype)
+
+    def topk(self, x: Tensor, sae, k: int, only: Tensor | None = None) -> FixedK:
+        """The k largest pre-activations of each row of ``x`` (B, D), through ReLU; ``only`` (n,) of the latents."""
+        if only is None:
+            return select_topk(self.pre_activations(x, sae), k)
+        pre_acts = torch.addmm(sae.b_enc[only], x - sae.b_dec, sae.W_enc[only].T)
+        return select_topk(pre_acts, min(k, len(only)))
+
+    def batch_topk(self, x: Tensor, sae, k: int) -> CSR:
+        """The B k largest positive pre-activations of the whole batch."""
+        pre_acts = self.pre_activations(x, sae).relu()
+        best = pre_acts.detach().flatten().topk(k * len(x)).indices
+        return Dense(pre_acts * torch.zeros_like(pre_acts).flatten().index_fill(0, best, 1).view_as(pre_acts)).csr()
+
+    def above(self, x: Tensor, sae, threshold: Tensor) -> CSR:
+        """Pre-activations over a ``threshold`` (F,), as they are."""
+        pre_acts = self.pre_activations(x, sae)
+        taken = pre_acts > threshold
+        offsets = torch.cat([taken.new_zeros(1, dtype=torch.int64), taken.sum(1).cumsum(0)])
+        return CSR(offsets, taken.nonzero()[:, 1], pre_acts[taken], sae.d_sae)
+
+    def relu(self, x: Tensor, sae) -> Dense:
+        """Positive pre-activations."""
+        return Dense(self.pre_activations(x, sae).relu())
+
+    def decode(self, codes: Codes, rows: Tensor) -> Tensor:
+        """sum_i f_i rows_i: (B, F) codes and (F, D) rows give (B, D)."""
+        return (codes.dense().to(self.precision) @ rows.to(self.precision)).to(rows.dtype) \
+            if self.precision != torch.float32 else codes.dense() @ rows
 
 
 def select_topk(pre_acts: Tensor, k: int) -> FixedK:
@@ -20,6 +58,4 @@ def select_topk(pre_acts: Tensor, k: int) -> FixedK:
     return FixedK(indices, values.relu(), pre_acts.shape[1])
 
 
-def decode(codes: Codes, rows: Tensor) -> Tensor:
-    """sum_i f_i rows_i: (B, F) codes and (F, D) rows give (B, D)."""
-    return codes.dense() @ rows
+reference = Reference()

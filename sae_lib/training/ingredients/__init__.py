@@ -62,7 +62,7 @@ class Ingredient:
         return None
 
     def on_gradients(self, sae: SparseAutoencoder, ctx: Context) -> None:
-        """Change gradients before they are clipped and used."""
+        """Change gradients before they are projected (of decoder rows), clipped and used."""
 
     def after_step(self, sae: SparseAutoencoder, ctx: Context) -> None:
         """Change weights after the step: prune, re-initialise."""
