@@ -37,9 +37,7 @@ class FixedK:
 
     def fired(self) -> Tensor:
         """(F,) bool: which latents are active on any token of the batch."""
-        fired = torch.zeros(self.n_latents, dtype=torch.bool, device=self.values.device)
-        fired[self.indices[self.values.detach() > 0]] = True
-        return fired
+        return _fired(self)
 
     def csr(self) -> CSR:
         """The ragged form, inactive slots left out."""
@@ -80,9 +78,7 @@ class CSR:
 
     def fired(self) -> Tensor:
         """(F,) bool: which latents are active on any token of the batch."""
-        fired = torch.zeros(self.n_latents, dtype=torch.bool, device=self.values.device)
-        fired[self.indices[self.values.detach() > 0]] = True
-        return fired
+        return _fired(self)
 
     def csr(self) -> CSR:
         """Itself."""
@@ -122,6 +118,17 @@ class Dense:
         active = self.values > 0
         offsets = torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
         return CSR(offsets, active.nonzero()[:, 1], self.values[active], self.n_latents)
+
+
+def _fired(codes: FixedK | CSR) -> Tensor:
+    values = codes.values.detach()
+    if values.device.type == "cpu":
+        from sae_lib.sae.kernels import cpu
+
+        return cpu.fired(codes.indices, values, codes.n_latents)
+    fired = torch.zeros(codes.n_latents, dtype=torch.bool, device=values.device)
+    fired[codes.indices[values > 0]] = True
+    return fired
 
 
 Codes = FixedK | CSR | Dense

@@ -15,6 +15,8 @@ from torch import Tensor
 
 KEY = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 COMPILED = {"parallel": True, "nogil": True, "cache": True}
+BLOCK = 32
+"""Rows that share their scratch memory."""
 
 
 def same_threads() -> None:
@@ -33,6 +35,13 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = 1 << (4 * k - 1).bit_length()
     _topk(keys, k, min(groups, n_latents), values, indices)
     return torch.from_numpy(values).view(pre_acts.dtype).float(), torch.from_numpy(indices)
+
+
+def fired(indices: Tensor, values: Tensor, n_latents: int) -> Tensor:
+    """(F,) bool: which latents have a positive value among the entries."""
+    out = np.zeros(n_latents, np.bool_)
+    _fired(indices.reshape(-1).numpy(), values.reshape(-1).numpy(), out)
+    return torch.from_numpy(out)
 
 
 def above(pre_acts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +84,13 @@ def _ordered(keys: Tensor) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
+def _fired(indices, values, out):
+    for n in range(indices.size):
+        if values[n] > 0:
+            out[indices[n]] = True
+
+
+@njit(nogil=True, cache=True)
 def _kth_largest(a, k):
     """Quickselect, in place; parts equal to the pivot are split, so that ties cost nothing."""
     low, high, want = 0, a.size - 1, k - 1
@@ -100,40 +116,47 @@ def _kth_largest(a, k):
 
 @njit(**COMPILED)
 def _topk(keys, k, groups, values, indices):
-    """The k-th largest of the groups' maxima bounds the k-th largest of all from below: few entries pass it."""
+    """The k-th largest of the groups' maxima bounds the k-th largest of all from below: few entries pass it.
+
+    A group is every ``groups``-th entry, so that maxima are taken of many groups at once. Rows go in blocks that share
+    their scratch memory.
+    """
     count, n_latents = keys.shape
-    for b in prange(count):
-        row = keys[b]
-        largest = row[:groups].copy()
-        for start in range(groups, n_latents, groups):
-            for g in range(min(groups, n_latents - start)):
-                largest[g] = max(largest[g], row[start + g])
-        bound = max(_kth_largest(largest.copy(), k), row.dtype.type(1))
-        found, where, n = np.empty(n_latents, row.dtype), np.empty(n_latents, np.int64), 0
-        for g in range(groups):
-            if largest[g] >= bound:
-                for i in range(g, n_latents, groups):
-                    if row[i] >= bound:
-                        found[n], where[n] = row[i], i
-                        n += 1
-        taken = 0
-        if n > k:
-            least = _kth_largest(found[:n].copy(), k)
-            for strict in range(2):
-                for j in range(n):
-                    if taken < k and (found[j] > least if strict == 0 else found[j] == least):
-                        values[b, taken], indices[b, taken] = found[j], where[j]
-                        taken += 1
-        else:
+    for block in prange((count + BLOCK - 1) // BLOCK):
+        largest, scratch = np.empty(groups, keys.dtype), np.empty(n_latents, keys.dtype)
+        found, where = np.empty(n_latents + 1, keys.dtype), np.empty(n_latents + 1, np.int64)
+        for b in range(block * BLOCK, min(count, (block + 1) * BLOCK)):
+            row = keys[b]
+            largest[:] = row[:groups]
+            for start in range(groups, n_latents, groups):
+                part = row[start:start + groups]
+                for g in range(part.size):
+                    largest[g] = max(largest[g], part[g])
+            scratch[:groups] = largest
+            bound, n = max(_kth_largest(scratch[:groups], k), keys.dtype.type(1)), 0
+            for g in range(groups):
+                if largest[g] >= bound:
+                    for i in range(g, n_latents, groups):
+                        found[n], where[n] = row[i], i  # written always, kept where n moves on
+                        n += row[i] >= bound
+            taken, least = 0, bound
+            if n > k:
+                scratch[:n] = found[:n]
+                least = _kth_largest(scratch[:n], k)
             for j in range(n):
-                values[b, j], indices[b, j] = found[j], where[j]
-            taken = n
-        i = 0
-        while taken < k:  # too few are positive: inactive slots, each with a latent of its own
-            if row[i] <= 0:
-                values[b, taken], indices[b, taken] = 0, i
-                taken += 1
-            i += 1
+                if found[j] > least or n <= k:
+                    values[b, taken], indices[b, taken] = found[j], where[j]
+                    taken += 1
+            for j in range(n):
+                if taken < k and n > k and found[j] == least:
+                    values[b, taken], indices[b, taken] = found[j], where[j]
+                    taken += 1
+            i = 0
+            while taken < k:  # too few are positive: inactive slots, each with a latent of its own
+                if row[i] <= 0:
+                    values[b, taken], indices[b, taken] = 0, i
+                    taken += 1
+                i += 1
 
 
 @njit(**COMPILED)
