@@ -27,6 +27,7 @@ onstart:
     # One snakemake at a time on a study; its jobs end when it does, however it ends (sae_lib.presence).
     HELD.append(presence.hold(HOME / "runs" / STUDY, f"study '{STUDY}'"))
     os.environ[presence.ENGINE] = str(os.getpid())
+    os.environ[presence.CORES] = str(workflow.cores)
 
 
 onerror:

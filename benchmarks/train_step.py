@@ -3,13 +3,15 @@
     python benchmarks/train_step.py            # the three sizes of the README's table
     python benchmarks/train_step.py --size 576,4096,32,2048
 
-Every contender has the same activations, threads and allocator setting (freed memory is kept: peers gain by it too),
-two steps to warm up, and then its median. Ratios are what counts; milliseconds are of the machine at hand.
+Every contender has the same activations and threads, two steps to warm up, and then its median. The peers run as their
+users run them; the workbook's training makes the allocator keep freed memory, so the fastest peer is measured a second
+time under that setting, which helps it too. Ratios are what counts; milliseconds are of the machine at hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import sys
@@ -25,11 +27,22 @@ from sae_lib import params, runs
 from sae_lib.data.language_model import import_transformers
 from sae_lib.data.store import Batch
 from sae_lib.sae import kernels
-from sae_lib.training.memory import keep_freed_memory
+from sae_lib.training.memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from sae_lib.training.trainer import Trainer
 
 CPU_SIZES = ["576,4096,32,2048", "2304,16384,64,1024", "2304,16384,320,1024"]
 CUDA_SIZES = ["2304,16384,320,2048", "2304,18432,320,2048", "2304,65536,64,4096"]
+
+
+AGAIN = "the fastest of them, freed memory kept"
+
+
+def give_freed_memory_back() -> None:
+    """glibc's defaults again, after ``keep_freed_memory``."""
+    if sys.platform.startswith("linux"):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 65536)
+        mallopt(M_TRIM_THRESHOLD, 128 * 1024)
 
 
 class Activations:
@@ -124,10 +137,14 @@ def one_size(size: str, times: int, device: str) -> dict:
     torch.manual_seed(0)
     x = torch.randn(count, D) @ torch.randn(D, D) / D**0.5
     found, problems = {}, {}
-    makers = [*peers.all_of(D, F, k, x.to(device)), *(
-        (f"workbook, {word}", lambda word=word: ours(D, F, k, x, word, device)) for word in ("float32", "bfloat16"))]
-    for name, make in makers:
+    give_freed_memory_back()
+    theirs = dict(peers.all_of(D, F, k, x.to(device)))
+    own = {f"workbook, {word}": lambda word=word: ours(D, F, k, x, word, device) for word in ("float32", "bfloat16")}
+    for name, make in [*theirs.items(), (AGAIN, None), *own.items()]:
         try:
+            if name == AGAIN:
+                keep_freed_memory()
+                make = theirs[min(found, key=found.get)]
             found[name] = median(make(), times, device)
             print(f"  {name}: {found[name]:.1f} ms", flush=True)
         except Exception as error:
@@ -142,12 +159,13 @@ def summary(one: dict, rate: float) -> dict:
     """The ratios that the README shows."""
     own = {name: ms for name, ms in one["milliseconds"].items() if name.startswith("workbook")}
     others = {name: ms for name, ms in one["milliseconds"].items() if not name.startswith("workbook")}
+    again = others.pop(AGAIN)
     best, peer = min(own, key=own.get), min(others, key=others.get)
     full = {name: others.get(f"{name}, float32") for name in ("dictionary_learning", "SAELens")}
     D, F, k, count = (one[key] for key in ("D", "F", "k", "batch"))
     work = 2 * count * D * (F + 4 * k)  # the encoder's product, decode, and three products of the sparse backward
     return {"size": f"{D}, {F}, {k}, {count}", "workbook": best, "ms": own[best], "fastest peer": peer,
-            "times faster than it": others[peer] / own[best],
+            "times faster than it": others[peer] / own[best], "than it with freed memory kept": again / own[best],
             **{f"times faster than {name} in float32": ms / own[best] for name, ms in full.items() if ms},
             "of the sum of the parts": own[best] / sum(one["parts"].values()),
             "utilisation": work / (own[best] / 1e3) / rate}
@@ -160,7 +178,6 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()
-    keep_freed_memory()
     import_transformers()
     peers.install()
     rate, results = peak(asked.device), []

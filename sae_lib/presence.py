@@ -20,6 +20,9 @@ except ImportError:  # Windows: no lock of this kind
 ENGINE = "SAE_WORKBOOK_ENGINE"
 """Environment variable with the process id of the batch engine that started this process' ancestors."""
 
+CORES = "SAE_WORKBOOK_CORES"
+"""Environment variable with the cores that the batch engine may use in all."""
+
 
 class Busy(RuntimeError):
     """Another living process works on the same folder."""

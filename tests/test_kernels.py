@@ -1,9 +1,13 @@
 """The training core's primitives and selections, beside plain forms: values, gradients, ties, both precisions."""
 
-import numpy as np
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from test_gradients import B, D, F, relative, weights
+from test_gradients import F, relative, weights
 
 from sae_lib.data.ahead import ahead
 from sae_lib.sae import architectures, kernels
@@ -84,6 +88,44 @@ def test_threads_do_not_change_a_bit():
     torch.set_num_threads(threads)
     cpu.same_threads()
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+TRITON = """
+import torch
+from sae_lib.sae.kernels import cpu, cuda
+g = torch.Generator().manual_seed(0)
+rows, columns = torch.randint(0, 20, (90,), generator=g).sort().values, torch.randint(0, 12, (90,), generator=g)
+values, left, right = (torch.randn(*shape, generator=g) for shape in ((90,), (20, 300), (12, 300)))
+entries = rows, columns, left, right
+torch.testing.assert_close(cuda.gathered_dots(*entries), cpu.gathered_dots(*entries))
+for a, b in zip(cuda.transposed_product(rows, columns, values, left, 14),
+                cpu.transposed_product(rows, columns, values, left, 14)):
+    torch.testing.assert_close(a, b)
+x = torch.randn(30, 200, generator=g)
+assert torch.equal(cuda.topk(x, 9)[0].sort().values, cpu.topk(x, 9)[0].sort().values)
+assert all(torch.equal(a, b) for a, b in zip(cuda.above(x, right[0, :200]), cpu.above(x, right[0, :200])))
+print("same")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here: the GPU kernels were not run")
+def test_the_gpus_kernels_interpreted_on_a_cpu():
+    done = subprocess.run([sys.executable, "-c", TRITON], env=os.environ | {"TRITON_INTERPRET": "1"}, text=True,
+                          capture_output=True)
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: training on one was not tried")
+def test_a_step_on_a_gpu_gives_the_cpus_gradients():
+    found = []
+    for device in ("cpu", "cuda"):
+        *small, x = (part.to(device) for part in weights(torch.float32))
+        sae = SparseAutoencoder(*small, architectures.get("topk")(k=5, aux_k=0, aux_weight=0.0))
+        kernel = kernels.pick(device, True)
+        codes = kernel.topk(x, sae, 5)
+        architectures.squared_error(x, kernel.decode(codes, sae.W_dec) + sae.b_dec).backward()
+        found.append([p.grad.cpu() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)])
+    assert all(relative(a, b.double()) < 1e-4 for a, b in zip(*found))
 
 
 # -- selections, against float64 autograd of the mathematics ----------------------------------------------------------
@@ -280,4 +322,23 @@ def test_batches_ahead_are_the_same_and_errors_come_where_they_belong():
     endless = ahead(iter(int, 1))
     assert next(endless) == 0
     endless.close()  # its thread ends
-    assert np.isfinite(B * D)
+
+
+def test_adam_by_torchs_operations_is_the_same():
+    """The form for other devices, here on the CPU."""
+    from sae_lib.training import adam
+
+    rows = torch.nn.functional.normalize(numbers(20, 12), dim=1)
+    p, q = torch.nn.Parameter(rows.clone()), torch.nn.Parameter(rows.clone())
+    one, two = Adam([p], unit=[p]), Adam([q], unit=[q])
+    for step in range(5):
+        p.grad = numbers(20, 12, seed=step)
+        q.grad = p.grad.clone()
+        norm = one.step(0.01, 1.0)
+        remove_parallel(q)
+        assert norm == pytest.approx(float(q.grad.norm()), rel=1e-5)
+        scale, steps = min(1.0, 1.0 / (norm + 1e-6)), step + 1
+        with torch.no_grad():
+            adam._update_by_torch(q, two.first[0], two.second[0], 0.01 / (1 - adam.BETA1**steps),
+                                  1 / (1 - adam.BETA2**steps), scale, True)
+    assert relative(q.detach(), p.detach().double()) < 1e-5

@@ -24,7 +24,8 @@ FORMAT, KEPT = 2, 2
 def made_with(trainer) -> dict[str, Any]:
     """Everything that decides the bits of a training: a checkpoint continues only where all of it is the same."""
     held = {**runs.resolved(trainer.p), "activations content": trainer.source.content_hash,
-            "threads": torch.get_num_threads(), "device": trainer.device, "kernel": trainer.sae.kernel.name, "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "device": trainer.device, "kernel": trainer.sae.kernel.name,
+            "torch": torch.__version__,
             "code of the training": runs.library_digest("data", "sae", "training"), "checkpoint format": FORMAT}
     return json.loads(json.dumps(held))
 

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import string
 import tempfile
 from collections import Counter
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lib import runs
+from sae_lib import presence, runs
 from sae_lib.data import words as vocabulary
 from sae_lib.evaluation.saebench.adapter import in_place, quiet, seeded
 from sae_lib.params import digest
@@ -183,12 +184,23 @@ def _alone(file: Path):
         yield
 
 
+@contextlib.contextmanager
+def _all_cores():
+    """The cores of the whole batch: other evaluations of it wait for these activations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, int(os.environ.get(presence.CORES, 0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _compute(words: Words, tokenizer, bos_id: int, load, file: Path, d_model: int, seed: int, mode: str) -> None:
     """Word activations, probes and the prompts of the absorption stage, by SAEBench's functions, into ``file``."""
     from sae_bench.evals.absorption import probing, util
 
     device = torch.device("cpu")
-    with (seeded(seed), in_place(probing, tqdm=quiet()), in_place(util, tqdm=quiet()),
+    with (_all_cores(), seeded(seed), in_place(probing, tqdm=quiet()), in_place(util, tqdm=quiet()),
           tempfile.TemporaryDirectory() as folder):
         letters, dropped, train, test = _splits(words)
         prompts = [prompt for prompt, _ in (*train, *test)]

@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sae_lib.params import ParameterError, nearest
@@ -82,7 +83,23 @@ def get(name: str) -> type[Architecture]:
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
     """Squared error summed over D, averaged over B: the reconstruction term of every architecture."""
-    return (x - x_hat).square().sum(1).mean()
+    return _SquaredError.apply(x, x_hat)
+
+
+class _SquaredError(torch.autograd.Function):
+    """One pass forward and one back; ``x`` is data."""
+
+    @staticmethod
+    def forward(ctx, x, x_hat):
+        error = (x_hat - x).flatten()
+        ctx.save_for_backward(error)
+        ctx.shape = x.shape
+        return torch.dot(error, error) / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        error, = ctx.saved_tensors
+        return None, (error * (2 * grad / ctx.shape[0])).view(ctx.shape)
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -32,8 +32,8 @@ def pick(device: str, sparse: bool, precision: torch.dtype = torch.float32):
     if not sparse:
         return Reference(precision)
     if device == "cpu":
-        from sae_lib.sae.kernels import cpu
-
-        cpu.same_threads()
-        return Sparse(cpu, precision, f"cpu_sparse_{short}")
-    return Reference(precision)
+        from sae_lib.sae.kernels import cpu as ops
+    else:
+        from sae_lib.sae.kernels import cuda as ops
+    ops.same_threads()
+    return Sparse(ops, precision, f"{device}_sparse_{short}")
