@@ -90,11 +90,12 @@ def _projected_squares(weights, grad, unit, out):
     for f in prange(weights.shape[0]):
         w, g = weights[f], grad[f]
         total, along = np.float32(0), np.float32(0)
+        if unit:
+            for d in range(w.size):
+                along += g[d] * w[d]
         for d in range(w.size):
-            total += g[d] * g[d]
-            along += g[d] * w[d]
-        # |g - (g.w) w|^2 for a unit w; rounding may leave a little less than nothing.
-        out[f] = max(total - along * along, np.float32(0)) if unit else total
+            total += (g[d] - along * w[d]) ** 2
+        out[f] = total
 
 
 @njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
