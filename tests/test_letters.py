@@ -12,7 +12,7 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.data import activations, language_model, words
-from sae_lib.evaluation import letters
+from sae_lib.evaluation import letters, sharing
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.saebench import absorption as bench
 from sae_lib.evaluation.saebench import adapter, letter_words
@@ -237,9 +237,9 @@ def test_one_process_computes_and_the_others_wait(tmp_path):
 
     def second():
         started.set()
-        with letter_words._alone(tmp_path / "x.safetensors"):
+        with sharing.alone(tmp_path / "x.safetensors", "words"):
             order.append("second")
-    with letter_words._alone(tmp_path / "x.safetensors"):
+    with sharing.alone(tmp_path / "x.safetensors", "words"):
         thread = threading.Thread(target=second)
         thread.start()
         started.wait()

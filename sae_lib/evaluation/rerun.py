@@ -46,6 +46,11 @@ class Rerun:
         return getattr(self._model, name)
 
     @property
+    def known(self) -> bool:
+        """Whether streams of an earlier evaluation were found."""
+        return bool(self._kept)
+
+    @property
     def reused(self) -> bool:
         """Whether all that the model alone gives was already there."""
         return self._fresh == 0

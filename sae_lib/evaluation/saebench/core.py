@@ -25,6 +25,7 @@ from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.rerun import Rerun, file_of
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
+from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.params import ParameterError, digest
 from sae_lib.runs import RunError
 
@@ -70,12 +71,18 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     blocks, asked = _blocks(lm, texts, PRESETS[preset], context), PRESETS[preset]
     batches, available = fit(asked, len(blocks), context), len(blocks)
     blocks = blocks[:batches.blocks]
-    model = Rerun(to_hooked(lm), lm.hook, file_of(lm, blocks))
-    wrapped = wrap(sae, lm.name, lm.hook, device=lm.device, dtype=lm.dtype, context=context, seen=Seen(model))
-    setup = time.perf_counter() - start
-    with settings(threads), tempfile.TemporaryDirectory() as folder:
+    file, hooked = file_of(lm, blocks), to_hooked(lm)
+    with settings(threads), contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as folder:
+        held.enter_context(alone(file, "streams of the model"))
+        model = Rerun(hooked, lm.hook, file)
+        if model.known:
+            held.close()
+        else:
+            held.enter_context(all_cores())
+        wrapped = wrap(sae, lm.name, lm.hook, device=lm.device, dtype=lm.dtype, context=context, seen=Seen(model))
+        setup = time.perf_counter() - start
         result, raw = _multiple_evals(wrapped, model, blocks, batches, context, folder)
-    model.save()
+        model.save()
 
     x, x_hat, positions = wrapped.seen.rows()
     scalars = {name: value for group in result["metrics"].values() for name, value in group.items()}

@@ -6,12 +6,9 @@ Computed once per model, hook, words and seed by SAEBench's own code, and kept f
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import string
 import tempfile
 from collections import Counter
@@ -25,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lib import presence, runs
+from sae_lib import runs
 from sae_lib.data import words as vocabulary
 from sae_lib.evaluation.saebench.adapter import in_place, quiet, seeded
+from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.params import digest
 from sae_lib.progress import progress
 from sae_lib.runs import RunError
@@ -163,7 +161,7 @@ def prepare(words: Words, tokenizer, bos_id: int, load: Callable[[], Any], *, id
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "sae-bench")]
     key = digest([identity, versions, words.tokens, seed, TEMPLATE, POSITION, FEWEST, BATCH, EPOCHS], 24)
     file = runs.cache() / "evaluation" / f"letters-{key}.safetensors"
-    with _alone(file):
+    with alone(file, "words' activations"):
         found = _read(file)
         if found is None:
             _compute(words, tokenizer, bos_id, load, file, d_model, seed, mode)
@@ -171,36 +169,12 @@ def prepare(words: Words, tokenizer, bos_id: int, load: Callable[[], Any], *, id
     return found
 
 
-@contextlib.contextmanager
-def _alone(file: Path):
-    """One process at a time; the lock ends with its process, however that ends."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("waiting for another evaluation that computes the same words' activations", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _all_cores():
-    """The cores of the whole batch: other evaluations of it wait for these activations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(before, int(os.environ.get(presence.CORES, 0))))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _compute(words: Words, tokenizer, bos_id: int, load, file: Path, d_model: int, seed: int, mode: str) -> None:
     """Word activations, probes and the prompts of the absorption stage, by SAEBench's functions, into ``file``."""
     from sae_bench.evals.absorption import probing, util
 
     device = torch.device("cpu")
-    with (_all_cores(), seeded(seed), in_place(probing, tqdm=quiet()), in_place(util, tqdm=quiet()),
+    with (all_cores(), seeded(seed), in_place(probing, tqdm=quiet()), in_place(util, tqdm=quiet()),
           tempfile.TemporaryDirectory() as folder):
         letters, dropped, train, test = _splits(words)
         prompts = [prompt for prompt, _ in (*train, *test)]
