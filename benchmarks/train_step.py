@@ -34,7 +34,7 @@ CPU_SIZES = ["576,4096,32,2048", "2304,16384,64,1024", "2304,16384,320,1024"]
 CUDA_SIZES = ["2304,16384,320,2048", "2304,18432,320,2048", "2304,65536,64,4096"]
 
 
-AGAIN = "the fastest of them, freed memory kept"
+AGAIN = "fastest peer, freed memory kept"
 
 
 def give_freed_memory_back() -> None:

@@ -80,7 +80,8 @@ class Trainer:
         self.sae.hooks = [part for part in self.ingredients if part.changes_forward]
         dense = any(part.needs & {"pre_acts", "dense"} for part in self.ingredients)
         self.sae.kernel = kernels.pick(self.device, architecture.sparse and not dense,
-                                       kernels.precision_of(p.precision, self.device))
+                                       kernels.precision_of(p.precision, self.device),
+                                       density=self.sae.architecture.density(p.d_sae))
         self.lr = p.lr or architecture.default_lr(p.d_sae)
         self.parameters = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
         self.optimiser = Adam(self.parameters, unit=[self.sae.W_dec])

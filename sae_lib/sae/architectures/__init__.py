@@ -43,6 +43,10 @@ class Architecture:
         """The learning rate where the parameters name none."""
         return 3e-4
 
+    def density(self, d_sae: int) -> float:
+        """Share of latents that are active, where it is known before training; else 0."""
+        return 0.0
+
     def config(self) -> dict[str, Any]:
         """What the saved SAE must know to select latents."""
         return {}

@@ -31,6 +31,10 @@ class TopK(architectures.Architecture):
         """2e-4 / sqrt(F / 16384), the studies' rule."""
         return 2e-4 / (d_sae / 16384) ** 0.5
 
+    def density(self, d_sae: int) -> float:
+        """k / F."""
+        return self.k / d_sae
+
     def config(self) -> dict[str, Any]:
         """k alone decides which latents are active."""
         return {"k": self.k}

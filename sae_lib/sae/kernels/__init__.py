@@ -7,7 +7,7 @@ A kernel has ``topk``, ``batch_topk``, ``above`` and ``relu`` (encoder product a
 import torch
 
 from sae_lib.sae.kernels.reference import Reference, reference
-from sae_lib.sae.kernels.sparse import Sparse
+from sae_lib.sae.kernels.sparse import DENSE_FROM, Sparse
 
 __all__ = ["Reference", "Sparse", "pick", "precision_of", "reference"]
 
@@ -26,10 +26,13 @@ def precision_of(asked: str, device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def pick(device: str, sparse: bool, precision: torch.dtype = torch.float32):
-    """The kernel for a device: ``sparse`` where nothing needs a gradient through all pre-activations."""
+def pick(device: str, sparse: bool, precision: torch.dtype = torch.float32, density: float = 0.0):
+    """The kernel for a device: ``sparse`` where nothing needs a gradient through all pre-activations.
+
+    ``density`` is the share of latents that will be active, where it is known beforehand: many are dense work.
+    """
     short = str(precision).removeprefix("torch.")
-    if not sparse:
+    if not sparse or density > DENSE_FROM:
         return Reference(precision)
     if device == "cpu":
         from sae_lib.sae.kernels import cpu as ops
