@@ -107,7 +107,8 @@ class Trainer:
         last = self.total_steps if p.stop_after_steps is None else min(self.total_steps, p.stop_after_steps)
         every = max(1, self.total_steps // p.log_points)
         batches = self.source.batches(p.batch_size, last * p.batch_size, order=p.order, seed=p.seed, start=self.step)
-        batches = ahead(batches) if self.source.reads_ahead else batches
+        if self.source.reads_ahead and torch.get_num_threads() > 1:  # a single core has nothing to spare
+            batches = ahead(batches)
         try:
             with Progress(last * p.batch_size, f"training {p.run}", p.mode, "samples",
                           initial=self.step * p.batch_size) as bar:
