@@ -6,6 +6,7 @@ absorption *fraction* (the share of the letter that up to three others carry). A
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import pandas as pd
 import torch
 
 from sae_lib import params, runs
+from sae_lib.data import activations
 from sae_lib.evaluation import foreign_run, validity
 from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
@@ -82,7 +84,8 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
     sae = load_sae(run.path / "sae").to(device)
     adapter.check_sae(sae, model, info.d_model)
     tokenizer, bos_id = language_model.load_tokenizer(model)
-    load = functools.cache(lambda: language_model.load(model, hook=site, dtype=asked.dtype, device=p.device))
+    dtype = _precision(asked)
+    load = functools.cache(lambda: language_model.load(model, hook=site, dtype=dtype, device=p.device))
     paper = p.absorption_preset == "paper"
     held_out = not paper or asked.spelling_share > 0
     found, materials, setup = {}, {}, 0.0
@@ -91,7 +94,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
         for seed in p.absorption_seeds:
             began = time.perf_counter()
             materials[seed] = letter_words.prepare(
-                words, tokenizer, bos_id, load, identity=[info.identity, site, asked.dtype, device.type],
+                words, tokenizer, bos_id, load, identity=[info.identity, site, dtype, device.type],
                 d_model=info.d_model, seed=seed, mode=p.mode)
             setup += time.perf_counter() - began
             found[seed] = absorption(sae, materials[seed], tokenizer, bos_id, load, model=model, hook=site, seed=seed,
@@ -113,6 +116,15 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
         report["within_this_sae"] = {"level": LEVEL, "by": "bootstrap over words within letters; letters are fixed",
                                      **{name: within(tested, letters, column) for name, column in BOOTSTRAP.items()}}
     return report, letters, tested
+
+
+def _precision(asked: params.Train) -> str:
+    """The language model's precision: where it was ``auto``, what the store was extracted in, not a timing of its own."""
+    if asked.dtype == "auto":
+        with contextlib.suppress(params.ParameterError, runs.RunError):
+            held = activations.find(asked).manifest["dtype"]
+            return held if held in ("float32", "bfloat16") else "auto"
+    return asked.dtype
 
 
 def _l0(sae, materials) -> float | None:
