@@ -119,7 +119,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
 
 
 def _precision(asked: params.Train) -> str:
-    """The language model's precision: where it was ``auto``, what the store was extracted in, not a timing of its own."""
+    """The language model's precision: where it was ``auto``, the store's, not one timed anew."""
     if asked.dtype == "auto":
         with contextlib.suppress(params.ParameterError, runs.RunError):
             held = activations.find(asked).manifest["dtype"]
