@@ -137,21 +137,20 @@ class Described(Part):
 
 def check_described(manifest: dict[str, Any]) -> None:
     """Raises RunError naming the store and the key where 01's page could not be drawn of a manifest."""
-    try:
-        Described.model_validate(manifest)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise RunError(f"activations/{manifest.get('name')}/manifest.json: damaged ({key}: {fault['msg']}); delete the "
-                       "folder and run 01_extract again") from None
+    _valid(Described, manifest, f"activations/{manifest.get('name')}/manifest.json")
 
 
 def told_by(manifest: Any, file: Path) -> Told:
     """A manifest's content, checked. Raises RunError naming ``file`` and the key that is missing or wrong."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RunError(f"{file}: not a store of format {FORMAT}; delete the folder and run 01_extract again")
+    return _valid(Told, manifest, file)
+
+
+def _valid(kind: type[Part], manifest: dict[str, Any], file: Path | str):
+    """The manifest as ``kind``. Raises RunError naming ``file`` and the first key that is missing or wrong."""
     try:
-        return Told.model_validate(manifest)
+        return kind.model_validate(manifest)
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in fault["loc"])

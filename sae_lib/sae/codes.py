@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def offsets_of(active: Tensor) -> Tensor:
+    """(B + 1,) int64: where each row's entries start and end, for a mask (B, F)."""
+    return torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
+
+
 @dataclass(frozen=True)
 class FixedK:
     """At most K active latents on each token: the fast form of TopK."""
@@ -42,7 +47,7 @@ class FixedK:
     def csr(self) -> CSR:
         """The ragged form, inactive slots left out."""
         active = self.values > 0
-        offsets = torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
+        offsets = offsets_of(active)
         return CSR(offsets, self.indices[active], self.values[active], self.n_latents)
 
 
@@ -116,7 +121,7 @@ class Dense:
     def csr(self) -> CSR:
         """The ragged form."""
         active = self.values > 0
-        offsets = torch.cat([active.new_zeros(1, dtype=torch.int64), active.sum(1).cumsum(0)])
+        offsets = offsets_of(active)
         return CSR(offsets, active.nonzero()[:, 1], self.values[active], self.n_latents)
 
 

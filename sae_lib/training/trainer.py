@@ -232,4 +232,3 @@ def unused_parameters(p: Train) -> list[str]:
     others = set().union(*(kind.uses for kind in architectures.REGISTRY.values()))
     others -= architectures.get(p.architecture).uses
     return sorted(name for name in others if getattr(p, name) != Train.model_fields[name].default)
-

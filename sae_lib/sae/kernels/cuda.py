@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_lib.sae.codes import offsets_of
+
 WIDTH = 256
 """Entries of D that a program works on at once."""
 
@@ -28,9 +30,8 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def above(pre_acts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets (B + 1,), indices (N,) and float32 values (N,) of the entries of (B, F) over ``threshold`` (F,)."""
     taken = pre_acts > threshold.to(pre_acts.dtype)
-    offsets = torch.cat([taken.new_zeros(1, dtype=torch.int64), taken.sum(1).cumsum(0)])
     rows, columns = taken.nonzero(as_tuple=True)
-    return offsets, columns, pre_acts[rows, columns].float()
+    return offsets_of(taken), columns, pre_acts[rows, columns].float()
 
 
 def gathered_dots(rows_of: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:

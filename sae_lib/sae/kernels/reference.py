@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_lib.sae.codes import CSR, Codes, Dense, FixedK
+from sae_lib.sae.codes import CSR, Codes, Dense, FixedK, offsets_of
 
 
 class Reference:
@@ -39,8 +39,7 @@ class Reference:
         """Pre-activations over a ``threshold`` (F,), as they are."""
         pre_acts = self.pre_activations(x, sae)
         taken = pre_acts > threshold
-        offsets = torch.cat([taken.new_zeros(1, dtype=torch.int64), taken.sum(1).cumsum(0)])
-        return CSR(offsets, taken.nonzero()[:, 1], pre_acts[taken], sae.d_sae)
+        return CSR(offsets_of(taken), taken.nonzero()[:, 1], pre_acts[taken], sae.d_sae)
 
     def relu(self, x: Tensor, sae) -> Dense:
         """Positive pre-activations."""
