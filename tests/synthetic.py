@@ -27,7 +27,7 @@ class Planted:
 
     def _batch(self, rows):
         n = len(rows)
-        return Batch(rows, torch.zeros(n, dtype=torch.int32), torch.arange(n), torch.arange(n) // 16,
+        return Batch(rows, torch.zeros(n, dtype=torch.int32), torch.arange(n) // 16, torch.arange(n) // 16,
                      torch.arange(n) % 16)
 
     def batches(self, batch_size, samples, *, order="shuffled", seed=0, start=0):

@@ -140,7 +140,7 @@ def test_active_pairs_are_unbiased_for_all_pairs():
     for _ in range(600):
         term = part.penalty(Everything)
         values.append(float(term))
-        gradients.append(torch.autograd.grad(term, rows)[0])
+        gradients.append(torch.autograd.grad(term, rows)[0].to_dense())
     values, gradients = torch.tensor(values), torch.stack(gradients)
     assert abs(values.mean() - float(exact)) < 4 * values.std() / 600**0.5
     z = (gradients.mean(0) - truth) / (gradients.std(0) / 600**0.5)

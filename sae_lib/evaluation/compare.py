@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -30,6 +30,10 @@ class Comparison(NamedTuple):
     """Training history by run."""
     letters: pd.DataFrame
     """Full absorption and fraction by run, seed and letter, of the runs that are results."""
+    phases: dict[str, list[dict[str, Any]]]
+    """Decoder cosines and co-activation at the end of each third of training, by run."""
+    frontier: str
+    """What the frontier runs along; where that is a parameter, the table's column ``along`` holds it."""
 
 
 def compare(p: params.Compare) -> Comparison:
@@ -42,12 +46,43 @@ def compare(p: params.Compare) -> Comparison:
     if not names:
         raise runs.RunError(f"study '{p.study}': no runs in {folder.parent}; run `snakemake --config study={p.study}`")
     table = results.compared(results.collect(names), p.baseline)
+    if p.frontier != "l0":
+        table = table.assign(along=[_parameter(name, p.frontier) for name in table.run])
+        if table.along.isna().all():
+            raise params.ParameterError(f"frontier: no run has a number for '{p.frontier}'"
+                                        f"{params.nearest(p.frontier, params.VOCABULARY)}")
     differences = results.differences(table, p.baseline)
     _export(folder, "differences", differences)
     _export(folder, "table", results.masked(table))
     histories = {name: history for name in names if (history := _history(name)) is not None}
     apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
-    return Comparison(p.study, folder, table, differences, apart, histories, _letters(table))
+    phases = {name: found for name in names if (found := _phases(name))}
+    return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.frontier)
+
+
+def _parameter(name: str, parameter: str) -> float | None:
+    """A run's value of a training parameter, or of an ingredient's (``<name>.<key>``; of a schedule its start)."""
+    try:
+        run, (head, *keys) = runs.Run(name), parameter.split(".")
+        value = run.params.get(head)
+        if keys:
+            value = next(part for part in run.json("training.json", {})["ingredients"] if part["name"] == head)
+        for key in keys:
+            value = value[key]
+        value = value["start"] if isinstance(value, dict) else value
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    except (runs.RunError, params.ParameterError, KeyError, TypeError, StopIteration):
+        return None
+
+
+def _phases(name: str) -> list[dict[str, Any]]:
+    """A run's phases, or none where they cannot be drawn."""
+    try:
+        found = runs.Run(name).json("training.json", {}).get("phases", [])
+        fine = all({"phase", "cosines", "overlap"} <= set(entry) for entry in found)
+        return found if fine else []
+    except (runs.RunError, params.ParameterError, TypeError, AttributeError):
+        return []
 
 
 def _export(folder: Path, name: str, frame: pd.DataFrame) -> None:

@@ -111,12 +111,15 @@ KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples"
        "evaluation": "evaluation", "letters": "absorption's evaluation", "sae_bench": "sae-bench version"}
 
 
-def why_apart(row: pd.Series, baseline: pd.Series) -> str:
-    """Why a run's figures may not stand in one column with the baseline's; empty where they may."""
+def why_apart(row: pd.Series, baseline: pd.Series, free: set[str] = frozenset()) -> str:
+    """Why a run's figures may not stand in one column with the baseline's; empty where they may.
+
+    What is ``free`` (of a curve, what it runs along) may differ.
+    """
     apart = [f"{label} ({row.get(key)} against {baseline.get(key)})" for key, label in KEY.items()
-             if not _same(row.get(key), baseline.get(key))]
+             if key not in free and not _same(row.get(key), baseline.get(key))]
     l0, other = row.get("l0"), baseline.get("l0")
-    if pd.notna(l0) and pd.notna(other) and abs(l0 - other) > L0_TOLERANCE * other:
+    if "l0" not in free and pd.notna(l0) and pd.notna(other) and abs(l0 - other) > L0_TOLERANCE * other:
         apart.append(f"L0 ({l0:.1f} against {other:.1f}, over 10 % apart)")
     return "; ".join(apart)
 

@@ -88,19 +88,31 @@ class Train(Extract):
     activations: str = "auto"
     """A store's folder; auto finds the one that 01 wrote for the same parameters."""
     architecture: str = "topk"
-    """topk or standard."""
+    """topk, standard, batch_topk, jumprelu, gated or matryoshka_batch_topk."""
     initial_encoder: Literal["tied", "random"] = "tied"
     """The decoder's copy, or rows of its own (random; a null baseline where samples is 0)."""
     d_sae: int = Field(4096, ge=1)
     """Latents, F."""
     k: int = Field(32, ge=1)
-    """Active latents per token (topk)."""
+    """Active latents per token (topk; batch_topk and matryoshka_batch_topk on average)."""
+    matryoshka_widths: list[float] = [1 / 32, 3 / 32, 7 / 32, 15 / 32]
+    """Where prefixes end that reconstruct alone, as shares of the latents (matryoshka_batch_topk)."""
     l1: float = Field(0.04, ge=0)
-    """Weight of the L1 penalty (standard); with target_l0, where the controller starts."""
+    """Weight of the L1 penalty (standard, gated); with target_l0, where the controller starts."""
+    l0_weight: float = Field(0.1, ge=0)
+    """Weight of the L0 penalty (jumprelu); with target_l0, where the controller starts."""
+    l0_penalty: Literal["step", "tanh"] = "tanh"
+    """L0 by a straight-through estimator, or a sum of tanh(4 f), which reaches the encoder too (jumprelu)."""
+    threshold_start: float = Field(0.1, ge=0)
+    """Every threshold at first, where no L0 sets it, in units of activations scaled to E|x|^2 = d_in (jumprelu)."""
+    bandwidth: float = Field(0.5, gt=0)
+    """Width of the band around a threshold whose entries move it (jumprelu)."""
     l1_warmup: float = Field(0.1, ge=0, le=1)
-    """Share of training over which l1 rises from 0 (standard)."""
+    """Share of training over which the sparsity penalty rises from 0 (standard, gated, jumprelu)."""
     target_l0: float | None = Field(None, gt=0)
-    """L0 to reach by moving l1 (standard)."""
+    """L0 to reach by moving the sparsity penalty's weight (standard, gated, jumprelu)."""
+    start_l0: float | None = Field(None, gt=0)
+    """L0 that training starts with, by biases or thresholds; None takes 4 (jumprelu: 10) times target_l0."""
     ingredients: list[dict[str, Any]] = []
     """What makes a variant: a list of {name: ..., its own keys}."""
     set: str | list[str] = []
@@ -112,7 +124,7 @@ class Train(Extract):
     order: Literal["shuffled", "sequence_blocks"] = "shuffled"
     """Rows in random order, or blocks of text in order."""
     lr: float | None = Field(None, gt=0)
-    """Learning rate; None takes 2e-4 / sqrt(d_sae / 16384) for topk, 3e-4 for standard."""
+    """Learning rate; None takes 2e-4 / sqrt(d_sae / 16384) where k is given, else 3e-4."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder's product; weights and all else are float32. auto takes bfloat16 where the processor has it."""
     warmup_steps: int = Field(100, ge=0)
@@ -129,6 +141,8 @@ class Train(Extract):
     """Samples without firing after which the auxiliary loss revives a latent."""
     dead_after: int = Field(1_000_000, ge=1)
     """Samples without firing after which the validity gate calls a latent dead."""
+    coactivation_window: int = Field(16_384, ge=0)
+    """Held-out tokens over which pairs of latents are counted at the end of each third of training; 0 counts none."""
     log_points: int = Field(100, ge=2)
     """Rows of the history, evenly spaced."""
     checkpoint_every: int = Field(200, ge=0)
@@ -138,11 +152,18 @@ class Train(Extract):
 
     @model_validator(mode="after")
     def _k_fits(self):
-        if self.architecture == "topk" and self.k > self.d_sae:
+        if self.architecture in ("topk", "batch_topk", "matryoshka_batch_topk") and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} is larger than d_sae = {self.d_sae}; choose k <= d_sae")
         if self.target_l0 is not None and self.target_l0 >= self.d_sae:
             raise ValueError(f"target_l0 = {self.target_l0} must be below d_sae = {self.d_sae}")
         return self
+
+    @field_validator("matryoshka_widths")
+    @classmethod
+    def _widths_are_shares(cls, value):
+        if not all(0 < share <= 1 for share in value):
+            raise ValueError("shares of the latents are wanted, each above 0 and at most 1")
+        return value
 
     @field_validator("set")
     @classmethod
@@ -202,6 +223,8 @@ class Compare(Common):
     """Runs to compare; empty takes all of the study."""
     baseline: str | None = None
     """The variant that others are compared with."""
+    frontier: str = "l0"
+    """What the frontier runs along: l0, a parameter (d_sae), or an ingredient's (progressive_orthogonality.weight)."""
 
 
 STAGES: dict[str, type[Common]] = {"extract": Extract, "train": Train, "eval": Evaluate, "letters": Letters,

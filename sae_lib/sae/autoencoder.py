@@ -26,13 +26,18 @@ class SparseAutoencoder(nn.Module):
     """a = W_enc (x - b_dec) + b_enc;  f = select(a);  x_hat = f W_dec + b_dec."""
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
-                 architecture: architectures.Architecture, input_scale: float = 1.0):
+                 architecture: architectures.Architecture, input_scale: float = 1.0,
+                 further: dict[str, Tensor] | None = None):
         super().__init__()
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         """(F, D) and (F,)"""
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         """(F, D), rows of unit norm, and (D,)"""
         self.architecture = architecture
+        further = architecture.further(len(W_dec)) if further is None else further
+        self.further = nn.ParameterDict({name: nn.Parameter(part, requires_grad=name in architecture.learnt)
+                                         for name, part in further.items()})
+        """Vectors (F,) of the architecture's own, a threshold for one."""
         self.input_scale = input_scale
         """Activations are multiplied by it on the way in; 1 where the scale is folded into the weights."""
         self.hooks: list = []
@@ -68,15 +73,15 @@ class SparseAutoencoder(nn.Module):
             ctx.pre_acts = self.kernel.pre_activations(ctx.x, self)
             for hook in self.hooks:
                 ctx.pre_acts = hook.before_selection(ctx.pre_acts, ctx)
-            ctx.codes = self.architecture.select(ctx.pre_acts)
+            ctx.codes = self.architecture.select(ctx.pre_acts, ctx)
         else:
-            ctx.codes = self.architecture.encode(ctx.x, self, self.kernel)
+            ctx.codes = self.architecture.encode(ctx, self.kernel)
         for hook in self.hooks:
             ctx.codes = hook.transform(ctx.codes, ctx)
         ctx.rows = self.W_dec
         for hook in self.hooks:
             ctx.rows = hook.decoder_rows(ctx.rows, ctx.codes, ctx)
-        ctx.reconstruction = self.kernel.decode(ctx.codes, ctx.rows) + self.b_dec
+        ctx.reconstruction = self.architecture.decode(ctx, self.kernel) + self.b_dec
         return ctx
 
     def encode(self, x: Tensor) -> Tensor:
@@ -97,13 +102,15 @@ class SparseAutoencoder(nn.Module):
     def folded(self, scale: float) -> SparseAutoencoder:
         """The same SAE for activations before scaling: x_hat(x) = x_hat_scaled(scale * x) / scale.
 
-        ReLU and TopK are positively homogeneous, so dividing the biases is enough; latents come in the model's
-        units. Where an ingredient changes the forward pass the scale is kept as ``input_scale`` instead.
+        Every selection is positively homogeneous, so dividing the biases (and thresholds) is enough; latents come in
+        the model's units. Where an ingredient changes the forward pass the scale is kept as ``input_scale`` instead.
         """
         parts = [p.detach().clone() for p in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)]
+        further = {name: part.detach().clone() for name, part in self.further.items()}
         if not self.hooks:
             parts[1], parts[3] = parts[1] / scale, parts[3] / scale
-        other = SparseAutoencoder(*parts, self.architecture, scale if self.hooks else 1.0)
+            further |= {name: further[name] / scale for name in self.architecture.scales_as_input}
+        other = SparseAutoencoder(*parts, self.architecture, scale if self.hooks else 1.0, further)
         other.hooks, other.metadata, other.kernel = self.hooks, self.metadata, self.kernel
         return other
 
@@ -111,16 +118,19 @@ class SparseAutoencoder(nn.Module):
         """Write ``cfg.json`` and ``sae_weights.safetensors`` in SAELens' format, whole or not at all.
 
         Ingredients that change the forward pass make the architecture ``workbook_<name>``, which SAELens
-        refuses: it never loads as a plain SAE that would compute something else.
+        refuses: it never loads as a plain SAE that would compute something else. An architecture that after training
+        computes what another one does (BatchTopK: JumpReLU) is written as that one.
         """
-        name, extra = self.architecture.name, self.architecture.config()
-        ours = {"architecture": name, "config": extra, "input_scale": self.input_scale,
+        name, config = self.architecture.name, self.architecture.config()
+        ours = {"architecture": name, "config": config, "input_scale": self.input_scale,
                 "ingredients": [hook.describe() for hook in self.hooks]}
-        cfg = {"architecture": f"workbook_{name}" if self.hooks else name, "d_in": self.d_in, "d_sae": self.d_sae,
+        lens, extra = self.architecture.lens or name, {} if self.architecture.lens else config
+        cfg = {"architecture": f"workbook_{name}" if self.hooks else lens, "d_in": self.d_in, "d_sae": self.d_sae,
                "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
                "reshape_activations": "none", "rescale_acts_by_decoder_norm": False, **extra,
                "metadata": {"sae_lens_version": SAE_LENS_FORMAT, **self.metadata, "workbook": ours}}
-        weights = {"W_enc": self.W_enc.T, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        weights = {"W_enc": self.W_enc.T, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec, **self.further}
+        weights = {self.architecture.lens_names.get(key, key): part for key, part in weights.items()}
         state = {f"{hook.name}.{key}": value for hook in self.hooks for key, value in hook.state_dict().items()}
         with whole(Path(folder)) as temporary:
             temporary.mkdir()
@@ -146,12 +156,13 @@ class SparseAutoencoder(nn.Module):
             if not isinstance(name, str) or name not in architectures.REGISTRY:
                 raise RunError(f"{folder / 'cfg.json'}: architecture: '{name}' is not known"
                                f"{nearest(str(name), architectures.REGISTRY)}")
-            kind, parts = architectures.get(name), _weights(folder / "sae_weights.safetensors")
+            kind = architectures.get(name)
+            parts, further = _weights(folder / "sae_weights.safetensors", kind)
             config = ours.get("config") or {key: cfg[key] for key in kind.uses if key in cfg}
             if not 0 < float(scale) < float("inf") or type(config.get("k", 1)) is not int or (
-                    name == "topk" and not 1 <= config["k"] <= len(parts[0])):
+                    "k" in kind.uses and not 1 <= config["k"] <= len(parts[0])):
                 raise ValueError(f"k = {config.get('k')}, input_scale = {scale} with {len(parts[0])} latents")
-            sae = cls(*parts, kind(**config), scale)
+            sae = cls(*parts, kind(**config), scale, further)
             sae.metadata = {key: value for key, value in cfg.get("metadata", {}).items() if key != "workbook"}
             if ours.get("ingredients"):
                 if make_hooks is None:
@@ -166,17 +177,19 @@ class SparseAutoencoder(nn.Module):
         return sae.requires_grad_(False)
 
 
-def _weights(file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc (F, D), b_enc, W_dec, b_dec of a file whose tensors fit each other."""
+def _weights(file: Path, kind) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """W_enc (F, D), b_enc, W_dec, b_dec and the architecture's own vectors, of a file whose tensors fit each other."""
     try:
         held = load_file(file)
-        parts = held["W_enc"].T.contiguous(), held["b_enc"], held["W_dec"], held["b_dec"]
-        shapes = [tuple(part.shape) for part in parts]
+        held = {name: held[kind.lens_names.get(name, name)] for name in
+                ("W_enc", "b_enc", "W_dec", "b_dec", *kind.vectors)}
+        parts = [held.pop("W_enc").T.contiguous(), held.pop("b_enc"), held.pop("W_dec"), held.pop("b_dec")]
+        shapes = [tuple(part.shape) for part in (*parts, *held.values())]
         d_sae, d_in = shapes[0]
-        if shapes != [(d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,)] or not d_sae * d_in:
+        if shapes != [(d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,), *[(d_sae,)] * len(held)] or not d_sae * d_in:
             raise ValueError(f"shapes {shapes} do not fit each other")
-        if any(not part.is_floating_point() for part in parts):
+        if any(not part.is_floating_point() for part in (*parts, *held.values())):
             raise ValueError(f"{', '.join(str(part.dtype) for part in parts)} are not all floating-point numbers")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"{file}: cannot be read ({error})") from None
-    return tuple(part.float() for part in parts)
+    return [part.float() for part in parts], {name: part.float() for name, part in held.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,13 @@ class Context:
     """(F, D) decoder rows used for this batch."""
     reconstruction: Tensor | None = None
     """(B, D)"""
+    own: dict[str, Any] = field(default_factory=dict)
+    """What the architecture keeps of its forward pass for its losses."""
+
+    @property
+    def training(self) -> bool:
+        """Whether this is a step of training, not an evaluation."""
+        return self.total_steps > 0
 
     @property
     def progress(self) -> float:

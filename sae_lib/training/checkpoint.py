@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_lib import params, runs
 
-FORMAT, KEPT = 2, 2
+FORMAT, KEPT = 3, 2
 
 
 def made_with(trainer) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def save(trainer, folder: Path) -> None:
     architecture = trainer.sae.architecture
     numbers = {name: getattr(architecture, name) for name in architecture.state}
     state = {"made_with": made_with(trainer), "step": trainer.step, "rows": trainer.rows, "seconds": trainer.seconds(),
-             "waited": trainer.waited, "busy": trainer.busy, "resumed_at": trainer.resumed_at,
+             "waited": trainer.waited, "busy": trainer.busy, "resumed_at": trainer.resumed_at, "phases": trainer.phases,
              "architecture": {key: value for key, value in numbers.items() if not isinstance(value, Tensor)}}
     state = json.loads(json.dumps(state, default=float))
     held = {f"architecture.{key}": value for key, value in numbers.items() if isinstance(value, Tensor)}
@@ -121,5 +121,5 @@ def _restore(trainer, state: dict[str, Any], tensors: dict[str, Tensor]) -> None
     for key, value in (state["architecture"] | under("architecture.")).items():
         setattr(trainer.sae.architecture, key, value.to(trainer.device) if isinstance(value, Tensor) else value)
     trainer.step, trainer.rows, trainer.before = state["step"], state["rows"], state["seconds"]
-    trainer.waited, trainer.busy = state["waited"], state["busy"]
+    trainer.waited, trainer.busy, trainer.phases = state["waited"], state["busy"], state["phases"]
     trainer.resumed_at = [*state["resumed_at"], state["step"]]

@@ -37,7 +37,7 @@ def heldout(sae: SparseAutoencoder, x: Tensor, scale: float, block: int = 2048) 
 @torch.no_grad()
 def weights(sae: SparseAutoencoder, x: Tensor) -> dict[str, Any]:
     """Measures of the weights: decoder cosines, unit rows, finiteness."""
-    finite = all(bool(w.isfinite().all()) for w in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    finite = all(bool(part.isfinite().all()) for part in sae.parameters())
     return {"mean_cos2": mean_cos2(sae.W_dec.cpu()), "fold_error": fold_error(sae, x[:1024]),
             "nonfinite": None if finite else "weights are not finite"}
 
@@ -50,8 +50,10 @@ def fold_error(sae: SparseAutoencoder, x: Tensor) -> float:
     normalises the decoder sees another SAE than the one that was trained.
     """
     norms = sae.W_dec.norm(dim=1).clamp_min(1e-12)
+    further = {name: part * norms if name in sae.architecture.scales_as_input else part
+               for name, part in sae.further.items()}
     other = SparseAutoencoder(sae.W_enc * norms[:, None], sae.b_enc * norms, sae.W_dec / norms[:, None], sae.b_dec,
-                              sae.architecture, sae.input_scale)
+                              sae.architecture, sae.input_scale, further)
     other.hooks, other.kernel = sae.hooks, sae.kernel
     x = x.to(sae.W_dec.device)
     before = sae(x)

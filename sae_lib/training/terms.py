@@ -22,24 +22,33 @@ def loss_terms(ctx: Context, ingredients) -> dict[str, Tensor]:
     return terms
 
 
-def backward(terms: dict[str, Tensor]) -> None:
-    """Accumulate the gradient of the sum of all terms."""
-    sum(terms.values()).backward()
+def backward(terms: dict[str, Tensor], apart: frozenset[str] = frozenset()) -> None:
+    """Accumulate the gradient of the sum of all terms.
+
+    Terms that share nothing with the others stand ``apart``: a sparse gradient is then added in place, where summing it
+    with a dense one first would cost a pass over all weights.
+    """
+    sum(term for name, term in terms.items() if name not in apart).backward()
+    for name in apart & set(terms):
+        terms[name].backward()
 
 
-def backward_with_shares(terms: dict[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
+def backward_with_shares(terms: dict[str, Tensor], parameters: list[Tensor],
+                         reconstructions: frozenset[str] = frozenset()) -> dict[str, float]:
     """The same gradient, term by term, and each term's share.
 
     share = |g_term| / |g_reconstruction|, both over the weights that the term acts on (rows or entries where its
-    gradient is not zero). A term whose gradient is 0 has share 0.
+    gradient is not zero). A term whose gradient is 0 has share 0. ``reconstructions`` names terms of the architecture
+    that reconstruct too: their gradients count with the reconstruction's, and they have no share.
     """
     gradients = {}
     for name, term in terms.items():
         found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        gradients[name] = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
+        gradients[name] = [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, parameters)]
     for parameter, *parts in zip(parameters, *gradients.values()):
         parameter.grad = sum(parts)
-    reference = gradients.pop("reconstruction")
+    reference = [sum(parts) for parts in zip(*(gradients.pop(name) for name in ("reconstruction", *reconstructions)
+                                               if name in gradients))]
     return {name: _share(parts, reference) for name, parts in gradients.items()}
 
 

@@ -19,7 +19,7 @@ from sae_lib.progress import Progress
 from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
-from sae_lib.training import checkpoint, measure, terms
+from sae_lib.training import checkpoint, measure, phases, terms
 from sae_lib.training.adam import Adam
 from sae_lib.training.ingredients import Ingredient, configured, load_sae
 from sae_lib.training.memory import keep_freed_memory
@@ -44,7 +44,7 @@ def train(p: Train, source, run: runs.Run) -> Result:
     any work for what cannot be; a fault on the way is recorded as ``failed``.
     """
     with presence.alone(run.path, f"run '{run.name}'"), run.stage("02_train_variant"):
-        trainer = Trainer(p, source)
+        trainer = Trainer(p, source, run.path / "coactivation")
         checkpoint.resume(trainer, run.path / "checkpoints")
         trainer.fit(run.path / "checkpoints")
         sae = trainer.saved(run)
@@ -60,8 +60,8 @@ def train(p: Train, source, run: runs.Run) -> Result:
 class Trainer:
     """State of one training: weights, optimiser, ingredients, counters."""
 
-    def __init__(self, p: Train, source):
-        self.p, self.source = p, source
+    def __init__(self, p: Train, source, coactivation: Path | None = None):
+        self.p, self.source, self.coactivation = p, source, coactivation
         if p.threads:
             torch.set_num_threads(p.threads)
         keep_freed_memory()
@@ -82,14 +82,18 @@ class Trainer:
         self.sae.kernel = kernels.pick(self.device, architecture.sparse and not dense,
                                        kernels.precision_of(p.precision, self.device),
                                        density=self.sae.architecture.density(p.d_sae))
+        self.sae.architecture.calibrate(self.sae, sample.to(self.device))
         self.lr = p.lr or architecture.default_lr(p.d_sae)
-        self.parameters = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        self.parameters = [part for part in self.sae.parameters() if part.requires_grad]
         self.optimiser = Adam(self.parameters, unit=[self.sae.W_dec])
         self.silent = torch.zeros(p.d_sae, dtype=torch.int64, device=self.device)
         """(F,) samples since each latent fired."""
         self.rows: list[dict[str, float]] = []
         self.step, self.nonfinite, self.waited, self.busy = 0, None, 0.0, 0.0
         self.before, self.began = 0.0, time.perf_counter()
+        self.phases: list[dict[str, Any]] = []
+        """Decoder cosines and co-activation at the end of each third."""
+        self.phase_ends = phases.ends(self.total_steps) if p.coactivation_window else {}
         self.resumed_at: list[int] = []
         """Steps at which the training went on from a checkpoint."""
         self.untrained = measure.heldout(self.sae.folded(source.scale), source.heldout().x, source.scale)
@@ -119,6 +123,8 @@ class Trainer:
                     self.one_step(batch, log=self.step % every == 0 or self.step == last - 1)
                     self.waited += ready - began
                     self.busy += time.perf_counter() - ready
+                    if self.step in self.phase_ends and not self.nonfinite:
+                        self._end_phase(self.phase_ends[self.step])
                     bar.advance(p.batch_size, self._headline())
                     due = checkpoints and p.checkpoint_every and self.step % p.checkpoint_every == 0
                     if due and self.step < last and not self.nonfinite:
@@ -140,7 +146,9 @@ class Trainer:
             return
         for parameter in self.parameters:
             parameter.grad = None
-        shares = terms.backward_with_shares(losses, self.parameters) if log else terms.backward(losses)
+        own = sae.architecture.reconstructions
+        apart = frozenset(part.name for part in self.ingredients if part.of_rows and ctx.rows is sae.W_dec)
+        shares = terms.backward_with_shares(losses, self.parameters, own) if log else terms.backward(losses, apart)
         for part in self.ingredients:
             part.on_gradients(sae, ctx)
         factor = learning_rate_factor(self.step, self.total_steps, p.warmup_steps, p.lr_decay)
@@ -169,6 +177,10 @@ class Trainer:
             row |= part.log(ctx)
         self.rows.append(row)
 
+    def _end_phase(self, name: str) -> None:
+        sae, x = self.sae.folded(self.source.scale), self.source.heldout(self.p.coactivation_window).x
+        self.phases.append(phases.measure(sae, x, name, self.step, self.coactivation))
+
     def _headline(self) -> str:
         if not self.rows:
             return ""
@@ -194,15 +206,17 @@ class Trainer:
     def report(self, sae: SparseAutoencoder) -> dict[str, Any]:
         """What training knows, measured on the saved SAE: the content of training.json."""
         x, manifest = self.source.heldout().x, self.source.manifest
-        last = self.rows[-1] if self.rows else {}
+        last, named = self.rows[-1] if self.rows else {}, {part.name for part in self.ingredients}
         knows = measure.weights(sae, x) | measure.heldout(sae, x, self.source.scale)
         knows["nonfinite"] = self.nonfinite or knows["nonfinite"]
         return {"steps": self.step, "planned_steps": self.total_steps, "samples": self.step * self.p.batch_size,
                 **knows, "dead_share": self.dead_share(self.step),
                 "explained_variance_untrained": self.untrained["explained_variance"],
                 "final_loss": {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")},
-                "terms": {name: terms.summary(values) for name, values in self._shares().items()},
+                "terms": {name: terms.summary(values) | {"of": "ingredient" if name in named else "architecture"}
+                          for name, values in self._shares().items()},
                 "unfinished_schedules": self._unfinished(), "unused_parameters": unused_parameters(self.p),
+                "phases": self.phases,
                 "lr": self.lr, "kernel": self.sae.kernel.name, "threads": torch.get_num_threads(),
                 "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": self.p.hook,
                 "model_identity": manifest["model"]["identity"],

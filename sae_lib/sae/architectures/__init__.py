@@ -29,6 +29,18 @@ class Architecture:
     """True where only a few latents are active, so that a sparse kernel can be picked."""
     state: tuple[str, ...] = ()
     """Names of numbers that training changes and a checkpoint keeps."""
+    vectors: ClassVar[tuple[str, ...]] = ()
+    """Names of the vectors (F,) that belong to the SAE beside weights and biases."""
+    scales_as_input: ClassVar[frozenset[str]] = frozenset()
+    """Which of the vectors are in units of pre-activations."""
+    learnt: ClassVar[frozenset[str]] = frozenset()
+    """Which of the vectors the optimiser changes."""
+    reconstructions: ClassVar[frozenset[str]] = frozenset()
+    """Names of terms that reconstruct too: others are measured beside them and the reconstruction."""
+    lens: ClassVar[str | None] = None
+    """The SAELens architecture that computes the same after training, where it is called otherwise."""
+    lens_names: ClassVar[dict[str, str]] = {}
+    """What SAELens calls a part that it calls otherwise."""
 
     def __init__(self, **config: Any):
         self.__dict__.update(config)
@@ -47,17 +59,28 @@ class Architecture:
         """Share of latents that are active, where it is known before training; else 0."""
         return 0.0
 
+    def further(self, d_sae: int) -> dict[str, Tensor]:
+        """``vectors`` by name, as training starts with them."""
+        return {}
+
+    def calibrate(self, sae, x: Tensor) -> None:
+        """Adapt the untrained SAE to a sample of activations (B, D)."""
+
     def config(self) -> dict[str, Any]:
         """What the saved SAE must know to select latents."""
         return {}
 
-    def select(self, pre_acts: Tensor) -> Codes:
-        """Latents of pre-activations (B, F), differentiable."""
+    def select(self, pre_acts: Tensor, ctx: Context) -> Codes:
+        """Latents of pre-activations (B, F), differentiable; ``ctx.training`` where the two differ."""
         raise TypeError(f"architecture '{self.name}' defines no select()")
 
-    def encode(self, x: Tensor, sae, kernel) -> Codes:
-        """Latents of ``x`` (B, D) by a kernel; sparse architectures override it."""
-        return self.select(kernel.pre_activations(x, sae))
+    def encode(self, ctx: Context, kernel) -> Codes:
+        """Latents of ``ctx.x`` (B, D) by a kernel; sparse architectures override it."""
+        return self.select(kernel.pre_activations(ctx.x, ctx.sae), ctx)
+
+    def decode(self, ctx: Context, kernel) -> Tensor:
+        """(B, D) of ``ctx.codes`` and ``ctx.rows``, without the bias."""
+        return kernel.decode(ctx.codes, ctx.rows)
 
     def losses(self, ctx: Context) -> dict[str, Tensor]:
         """The architecture's own loss terms, weighted, by name."""

@@ -39,13 +39,13 @@ class TopK(architectures.Architecture):
         """k alone decides which latents are active."""
         return {"k": self.k}
 
-    def select(self, pre_acts: Tensor) -> Codes:
+    def select(self, pre_acts: Tensor, ctx: Context) -> Codes:
         """The k largest of each row of (B, F), through ReLU."""
         return select_topk(pre_acts, self.k)
 
-    def encode(self, x: Tensor, sae, kernel) -> Codes:
+    def encode(self, ctx: Context, kernel) -> Codes:
         """The same by a kernel."""
-        return kernel.topk(x, sae, self.k)
+        return kernel.topk(ctx.x, ctx.sae, self.k)
 
     def losses(self, ctx: Context) -> dict[str, Tensor]:
         """AuxK: dead latents reconstruct what the live ones left (the residual is a constant to it)."""

@@ -1,6 +1,6 @@
 """Encode and decode behind one interface; ``pick`` chooses the form once per run.
 
-A kernel has ``topk``, ``batch_topk``, ``above`` and ``relu`` (encoder product and selection: codes of ``x`` (B, D)) and
+A kernel has ``topk``, ``batch_topk``, ``above``, ``over``, ``relu`` (product and selection: codes of ``x`` (B, D)) and
 ``decode(codes, rows) -> (B, D)`` (without the bias). Every form gives the values and gradients of ``reference``.
 """
 

@@ -9,18 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_lib.sae.codes import CSR
+from sae_lib.sae.codes import Codes, Dense
 
 
-def jumprelu(x: Tensor, sae, kernel, threshold: Tensor, bandwidth: float) -> tuple[CSR, Tensor]:
-    """Codes of ``x`` (B, D) for a threshold (F,), and their mean L0, differentiable in the threshold.
+def jumprelu(x: Tensor, sae, kernel, threshold: Tensor, bandwidth: float) -> tuple[Codes, Tensor]:
+    """Codes of ``x`` (B, D) for a threshold (F,); and 1 for each active entry, differentiable in the threshold.
 
     Entries within half a bandwidth under the threshold are kept with value 0: the threshold's gradient needs them.
     """
-    near = kernel.above(x, sae, (threshold - bandwidth / 2).detach())
-    own = threshold[near.indices]
-    return (near.with_values(_Jump.apply(near.values, own, bandwidth)),
-            _Step.apply(near.values.detach(), own, bandwidth).sum() / len(x))
+    bound = (threshold - bandwidth / 2).detach()
+    if kernel.crowded(x, sae, bound):
+        pre_acts = kernel.pre_activations(x, sae)
+        values, active = jump(pre_acts, threshold.expand_as(pre_acts), bandwidth)
+        return Dense(values), active
+    near = kernel.above(x, sae, bound)
+    values, active = jump(near.values, threshold[near.indices], bandwidth)
+    return near.with_values(values), active
+
+
+def jump(values: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """f = a H(a - theta) and H(a - theta), entry by entry."""
+    return _Jump.apply(values, threshold, bandwidth), _Step.apply(values.detach(), threshold, bandwidth)
 
 
 def _near(values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -31,15 +31,22 @@ class Reference:
 
     def batch_topk(self, x: Tensor, sae, k: int) -> CSR:
         """The B k largest positive pre-activations of the whole batch."""
-        pre_acts = self.pre_activations(x, sae).relu()
-        best = pre_acts.detach().flatten().topk(k * len(x)).indices
-        return Dense(pre_acts * torch.zeros_like(pre_acts).flatten().index_fill(0, best, 1).view_as(pre_acts)).csr()
+        return select_batch_topk(self.pre_activations(x, sae), k).csr()
 
     def above(self, x: Tensor, sae, threshold: Tensor) -> CSR:
         """Pre-activations over a ``threshold`` (F,), as they are."""
         pre_acts = self.pre_activations(x, sae)
         taken = pre_acts > threshold
         return CSR(offsets_of(taken), taken.nonzero()[:, 1], pre_acts[taken], sae.d_sae)
+
+    def crowded(self, x: Tensor, sae, threshold: Tensor) -> bool:
+        """Whether dense codes are wanted: always, here."""
+        return True
+
+    def over(self, x: Tensor, sae, threshold: Tensor) -> Dense:
+        """Pre-activations over a ``threshold`` (F,) that is 0 or more; 0 elsewhere."""
+        pre_acts = self.pre_activations(x, sae)
+        return Dense(pre_acts * (pre_acts > threshold))
 
     def relu(self, x: Tensor, sae) -> Dense:
         """Positive pre-activations."""
@@ -55,6 +62,13 @@ def select_topk(pre_acts: Tensor, k: int) -> FixedK:
     """The k largest of each row of (B, F), through ReLU."""
     values, indices = pre_acts.topk(k, dim=1, sorted=False)
     return FixedK(indices, values.relu(), pre_acts.shape[1])
+
+
+def select_batch_topk(pre_acts: Tensor, k: int) -> Dense:
+    """The B k largest of all entries of (B, F), through ReLU."""
+    best = pre_acts.detach().flatten().topk(k * len(pre_acts)).indices
+    chosen = torch.zeros_like(pre_acts).flatten().index_fill(0, best, 1).view_as(pre_acts)
+    return Dense(pre_acts.relu() * chosen)
 
 
 reference = Reference()

@@ -39,14 +39,24 @@ class Sparse:
         """Pre-activations over a ``threshold`` (F,), as they are: what ReLU and JumpReLU are made of."""
         return CSR(*_Above.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, threshold, self), sae.d_sae)
 
-    def relu(self, x: Tensor, sae) -> Codes:
-        """Positive pre-activations; dense where a sample of the batch has many."""
+    def pre_activations(self, x: Tensor, sae) -> Tensor:
+        """(B, D) to (B, F) float32, all of them."""
+        return self.dense.pre_activations(x, sae)
+
+    def crowded(self, x: Tensor, sae, threshold: Tensor) -> bool:
+        """Whether so many pre-activations pass a ``threshold`` (F,) that dense codes win, by a sample of the batch."""
         with torch.no_grad():
             sample = x[:: max(1, len(x) // 64)]
-            share = (self.product(sample - sae.b_dec, sae.W_enc, sae.b_enc) > 0).float().mean()
-        if share > DENSE_FROM:
-            return self.dense.relu(x, sae)
-        return self.above(x, sae, torch.zeros_like(sae.b_enc))
+            passed = self.product(sample - sae.b_dec, sae.W_enc, sae.b_enc) > threshold
+        return float(passed.float().mean()) > DENSE_FROM
+
+    def over(self, x: Tensor, sae, threshold: Tensor) -> Codes:
+        """Pre-activations over a ``threshold`` (F,) that is 0 or more; dense where a sample of the batch has many."""
+        return (self.dense.over if self.crowded(x, sae, threshold) else self.above)(x, sae, threshold)
+
+    def relu(self, x: Tensor, sae) -> Codes:
+        """Positive pre-activations; dense where a sample of the batch has many."""
+        return self.over(x, sae, torch.zeros_like(sae.b_enc))
 
     def decode(self, codes: Codes, rows: Tensor) -> Tensor:
         """sum_i f_i rows_i: (B, D), for rows (F, D)."""

@@ -39,11 +39,18 @@ class Ingredient:
     Config: ClassVar[type[IngredientConfig]] = IngredientConfig
     needs: ClassVar[frozenset[str]] = frozenset({"codes"})
     """Of codes, pre_acts, dense: gradients through pre-activations take the dense kernel."""
+    of_rows: ClassVar[bool] = False
+    """True where the term depends on ``ctx.rows`` alone: its gradient may then be sparse, and is added in place."""
     changes_forward: ClassVar[bool] = False
     """True where the saved SAE must carry the ingredient to compute what it computed in training."""
 
     def __init__(self, config: IngredientConfig, d_in: int, d_sae: int, generator: torch.Generator | None = None):
         self.config, self.d_in, self.d_sae, self.generator = config, d_in, d_sae, generator
+
+    @classmethod
+    def refuses(cls, config: IngredientConfig, p) -> str | None:
+        """A sentence why it cannot be used with training parameters ``p``; None where it can."""
+        return None
 
     def before_selection(self, pre_acts: Tensor, ctx: Context) -> Tensor:
         """Change pre-activations (B, F): normalisation, gates, masks, winner-take-all."""
@@ -117,12 +124,15 @@ def configured(p) -> list[tuple[type[Ingredient], IngredientConfig]]:
                                  f"(known: {', '.join(sorted(REGISTRY))})")
         kind = REGISTRY[name]
         try:
-            found.append((kind, kind.Config(**entry)))
+            config = kind.Config(**entry)
         except ValidationError as error:
             fault = error.errors()[0]
             path = ".".join(str(part) for part in fault["loc"])
             hint = nearest(path, kind.Config.model_fields) if fault["type"] == "extra_forbidden" else ""
             raise ParameterError(f"ingredients: {name}.{path}: {fault['msg']}{hint}") from None
+        if refused := kind.refuses(config, p):
+            raise ParameterError(f"ingredients: {name}: {refused}")
+        found.append((kind, config))
     return found
 
 

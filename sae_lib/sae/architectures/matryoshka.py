@@ -1,0 +1,55 @@
+"""Matryoshka BatchTopK: every prefix of the latents reconstructs alone (Bussmann et al. 2025, "Learning Multi-Level
+Features with Matryoshka Sparse Autoencoders", eq. 5: the loss is the sum over prefixes).
+
+A token's entries are in the order of their latents, so a prefix is a run of them: all prefixes cost one decode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_lib.sae import architectures
+from sae_lib.sae.architectures.batch_topk import BatchTopK
+from sae_lib.sae.codes import CSR
+from sae_lib.sae.context import Context
+
+
+@architectures.register
+class MatryoshkaBatchTopK(BatchTopK):
+    """``matryoshka_widths``: where prefixes end, as shares of the latents; all of them always come last."""
+
+    name = "matryoshka_batch_topk"
+    reconstructions = frozenset({"prefixes"})
+    uses = BatchTopK.uses | {"matryoshka_widths"}
+
+    @classmethod
+    def from_params(cls, p, d_in: int) -> MatryoshkaBatchTopK:
+        """Prefix lengths in latents, each at least one."""
+        made = super().from_params(p, d_in)
+        made.ends = sorted({max(1, round(share * p.d_sae)) for share in p.matryoshka_widths} | {p.d_sae})
+        return made
+
+    def decode(self, ctx: Context, kernel) -> Tensor:
+        """The whole reconstruction; in training the prefixes' stand in ``ctx.own``, (B, prefixes - 1, D)."""
+        if not ctx.training:
+            return super().decode(ctx, kernel)
+        codes = ctx.codes.csr()
+        parts = kernel.decode(split(codes, self.ends), ctx.rows)
+        sums = parts.view(len(ctx.x), len(self.ends), -1).cumsum(1)
+        ctx.own["prefixes"] = sums[:, :-1]
+        return sums[:, -1]
+
+    def losses(self, ctx: Context) -> dict[str, Tensor]:
+        """Squared errors of the prefixes short of the whole, summed; and AuxK."""
+        errors = [architectures.squared_error(ctx.x, part + ctx.sae.b_dec) for part in ctx.own["prefixes"].unbind(1)]
+        return super().losses(ctx) | ({"prefixes": sum(errors)} if errors else {})
+
+
+def split(codes: CSR, ends: list[int]) -> CSR:
+    """The same entries as (B * groups) rows: row b * groups + g holds token b's latents from ends[g - 1] to ends[g]."""
+    tokens = len(codes.offsets) - 1
+    bounds = torch.tensor(ends, device=codes.indices.device)
+    group = torch.bucketize(codes.indices, bounds, right=True)
+    counts = torch.bincount(codes.rows() * len(ends) + group, minlength=tokens * len(ends))
+    return CSR(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), codes.indices, codes.values, codes.n_latents)
