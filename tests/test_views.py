@@ -1,6 +1,7 @@
 """Figures reach their readers: files are whole and stand alone, axes carry titles, a browser cannot hold up a page."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from sae_lib.training import terms
-from sae_lib.views import figures, show
+from sae_lib.views import figures, figures_frontier, figures_pairs, show
 
 
 def history(rows=5):
@@ -58,3 +59,54 @@ def test_tables_escape_their_text(monkeypatch):
     monkeypatch.setattr(show, "display", shown.append)
     show.table(pd.DataFrame({"a": ["<script>x</script>"]}))
     assert "<script>" not in shown[0].data
+
+
+def histogram(edges, seed):
+    pairs = np.random.default_rng(seed).integers(0, 50, len(edges) - 1)
+    return {"edges": list(edges), "pairs": pairs.tolist()}
+
+
+def some_phases(seed=0):
+    return [{"phase": name, "step": 10 * number, "cosines": histogram(np.linspace(0, 1, 11), seed + number),
+             "overlap": histogram([0, *np.logspace(-4, 0, 9)], seed - number + 9)}
+            for number, name in enumerate(("early", "middle", "late"), 1)]
+
+
+def test_phases_are_shares_of_all_pairs():
+    one = some_phases()[0]
+    x, y = figures_pairs.shares(one["cosines"])
+    assert np.nansum(y) == pytest.approx(1) and np.allclose(x, np.linspace(0.05, 0.95, 10))
+    x, _ = figures_pairs.shares(one["overlap"])
+    assert (np.diff(x) > 0).all() and x[0] == pytest.approx(5e-5)
+    fig = figures_pairs.phases({"phases": some_phases()})
+    assert len(fig.data) == 6 and all(np.nansum(trace.y) == pytest.approx(1) for trace in fig.data)
+    assert isinstance(figures_pairs.phases({"phases": []}), go.Figure)
+
+
+def compared(**columns):
+    count = len(columns["run"])
+    plain = {"status": "valid", "role": "normal", "apart": "", "model": "m", "hook": "h", "samples": 10, "d_sae": 64,
+             "activations": "a", "evaluation": "e", "letters": "l", "sae_bench": "0.6", "flags": "", "reasons": ""}
+    return pd.DataFrame({key: [value] * count for key, value in plain.items()} | columns)
+
+
+def test_phases_by_run_average_seeds_and_leave_out_what_is_apart():
+    table = compared(run=["s/m-a-s1", "s/m-a-s2", "s/m-b-s1"], variant=["m-a", "m-a", "m-b"],
+                     status=["valid", "valid", "invalid"])
+    fig = figures_pairs.phases_by_run({run: some_phases(n) for n, run in enumerate(table.run)}, table)
+    assert len(fig.data) == 6 and {trace.name for trace in fig.data} == {"a"}
+    late = [figures_pairs.shares(some_phases(n)[2]["cosines"])[1] for n in (0, 1)]
+    assert np.allclose(np.nan_to_num(fig.data[2].y), np.nan_to_num(np.array(late)).mean(0))
+
+
+def test_the_frontier_lets_l0_differ_and_nothing_else():
+    runs = [f"s/m-a-k={k}-s1" for k in (8, 16, 32)] + ["s/m-b-s1"]
+    table = compared(run=runs, variant=["m-a-k=8", "m-a-k=16", "m-a-k=32", "m-b"], l0=[8.0, 16.0, 32.0, 16.0],
+                     explained_variance=[0.5, 0.6, 0.7, 0.9], samples=[10, 10, 10, 99])
+    one = SimpleNamespace(frontier="l0", table=table)
+    fig = figures_frontier.frontier(one, "note")
+    marks, line = fig.data
+    assert list(marks.x) == [8, 16, 32] and list(line.y) == [0.5, 0.6, 0.7]
+    assert "1 valid runs left out" in fig.layout.annotations[-1].text
+    swept = SimpleNamespace(frontier="d_sae", table=table.assign(along=[64, 128, 256, 64], d_sae=[64, 128, 256, 64]))
+    assert list(figures_frontier.frontier(swept).data[0].x) == [64, 128, 256]

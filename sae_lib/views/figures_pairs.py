@@ -14,6 +14,7 @@ from sae_lib.views.template import dress, style
 
 PHASES = ("early", "middle", "late")
 WHAT = {"cosines": ("|cosine| of decoder rows", "linear"), "overlap": ("Co-activation |A and B| / |A or B|", "log")}
+LOG = {"linear": {}, "log": {"dtick": 1, "exponentformat": "power"}}
 
 
 def phases(report: dict[str, Any], title: str = "", caption: str = "") -> go.Figure:
@@ -22,10 +23,11 @@ def phases(report: dict[str, Any], title: str = "", caption: str = "") -> go.Fig
     for number, phase in enumerate(report["phases"]):
         for col, what in enumerate(WHAT, 1):
             x, y = shares(phase[what])
-            fig.add_scatter(x=x, y=y, mode="lines", line=style(number), legendgroup=phase["phase"], row=1, col=col,
-                            name=f"{phase['phase']}: step {phase['step']:,}", showlegend=col == 1)
+            fig.add_scatter(x=x, y=y, mode="lines+markers", line=style(number), marker_size=4, row=1, col=col,
+                            legendgroup=phase["phase"], name=f"{phase['phase']}: step {phase['step']:,}",
+                            showlegend=col == 1)
     for col, (name, kind) in enumerate(WHAT.values(), 1):
-        fig.update_xaxes(title=name, type=kind, row=1, col=col, **({"dtick": 1} if kind == "log" else {}))
+        fig.update_xaxes(title=name, type=kind, row=1, col=col, **LOG[kind])
         fig.update_yaxes(title="Share of pairs per bin (log)" if col == 1 else None, type="log", dtick=1,
                          exponentformat="power", row=1, col=col)
     if not report["phases"]:
@@ -50,7 +52,7 @@ def phases_by_run(found: dict[str, list[dict[str, Any]]], table: pd.DataFrame, c
                     fig.add_scatter(x=lines[0][0], y=np.where(y > 0, y, np.nan), mode="lines", line=style(number),
                                     name=label, legendgroup=label, showlegend=row == col == 1, row=row, col=col)
     for row, (name, kind) in enumerate(WHAT.values(), 1):
-        fig.update_xaxes(type=kind, row=row, **({"dtick": 1, "exponentformat": "power"} if kind == "log" else {}))
+        fig.update_xaxes(type=kind, row=row, **LOG[kind])
         fig.update_xaxes(title=name, row=row, col=2)
         fig.update_yaxes(type="log", dtick=1, exponentformat="power", row=row)
         fig.update_yaxes(title="Share of pairs per bin (log)", row=row, col=1)

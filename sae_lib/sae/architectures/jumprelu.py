@@ -16,7 +16,7 @@ from sae_lib.sae.codes import Codes, Dense
 from sae_lib.sae.context import Context
 from sae_lib.sae.kernels.jumprelu import jump, jumprelu
 
-STEEPNESS, FALL = 4.0, 0.5
+STEEPNESS, FALL = 4.0, 1.0
 """c; and how much of the controller's move the thresholds make."""
 
 

@@ -13,7 +13,7 @@ from scipy import sparse
 from sae_lib import runs
 from sae_lib.sae.codes import CSR
 from sae_lib.sae.context import Context
-from sae_lib.training.coactivation.loops import CHUNKS, COMPILED
+from sae_lib.training.coactivation.loops import CHUNKS, COMPILED, gather
 from sae_lib.training.coactivation.packed import Rows
 
 LIMIT = 500_000
@@ -47,30 +47,31 @@ def count(codes: CSR, limit: int = LIMIT) -> Counts:
     """Count the pairs of (T, F) codes; at most ``limit`` pairs i < j are kept, those of the most common tokens."""
     tokens, n_latents = len(codes.offsets) - 1, codes.n_latents
     rows = Rows(codes)
-    offsets, start, entries, token, columns, _ = rows.arrays
-    own = np.diff(start)
-    counted, overlap = _histograms(offsets, start, entries, token, columns, own, tokens, EDGES[1:-1])
+    arrays = rows.arrays
+    own = np.diff(arrays[1])
+    counted, overlap = _histograms(*arrays, own, tokens, EDGES[1:-1])
     above = np.cumsum(counted[::-1])[::-1]
     least = max(1, int(np.argmax(above <= limit)))
     sizes, nothing = np.zeros(n_latents, np.int64), np.zeros(0, np.int32)
-    _emit(offsets, start, entries, token, columns, least, False, sizes, nothing, nothing)
+    _emit(*arrays, least, False, sizes, nothing, nothing)
     kept = np.concatenate([[0], sizes.cumsum()])
     second, common = np.zeros((2, kept[-1]), np.int32)
-    _emit(offsets, start, entries, token, columns, least, True, kept, second, common)
+    _emit(*arrays, least, True, kept, second, common)
     pairs = sparse.csr_matrix((common, second, kept), shape=(n_latents, n_latents))
     pairs.sort_indices()
     return Counts(pairs, tokens, least, int(counted[1:].sum()), overlap)
 
 
 @njit(**COMPILED, parallel=True)
-def _histograms(offsets, start, entries, token, columns, own, tokens, edges):
+def _histograms(offsets, start, entries, token, columns, values, own, tokens, edges):
     """Pairs i < j by their number of common tokens, and by overlap."""
     n_latents = start.size - 1
     counted, overlap = np.zeros((CHUNKS, tokens + 2), np.int64), np.zeros((CHUNKS, edges.size + 1), np.int64)
     for chunk in prange(CHUNKS):
         hits, touched = np.zeros(n_latents, np.int32), np.empty(n_latents, np.uint32)
+        gram = np.zeros(n_latents, np.float32)  # what gather also gives is not used here
         for i in range(chunk, n_latents, CHUNKS):
-            for t in range(_hits(i, start, entries, token, offsets, columns, hits, touched)):
+            for t in range(gather(i, start, entries, token, offsets, columns, values, gram, hits, touched)):
                 j = touched[t]
                 n = hits[j]
                 hits[j] = 0
@@ -81,14 +82,15 @@ def _histograms(offsets, start, entries, token, columns, own, tokens, edges):
 
 
 @njit(**COMPILED, parallel=True)
-def _emit(offsets, start, entries, token, columns, least, fill, kept, second, common):
+def _emit(*arrays, least, fill, kept, second, common):
     """Each row's pairs of ``least`` common tokens or more, and its diagonal: their number, then themselves."""
     n_latents = start.size - 1
     for chunk in prange(CHUNKS):
         hits, touched = np.zeros(n_latents, np.int32), np.empty(n_latents, np.uint32)
+        gram = np.zeros(n_latents, np.float32)  # what gather also gives is not used here
         for i in range(chunk, n_latents, CHUNKS):
             place = kept[i] if fill else 0
-            for t in range(_hits(i, start, entries, token, offsets, columns, hits, touched)):
+            for t in range(gather(i, start, entries, token, offsets, columns, values, gram, hits, touched)):
                 j = touched[t]
                 if hits[j] >= least or j == i:
                     if fill:
@@ -97,20 +99,6 @@ def _emit(offsets, start, entries, token, columns, least, fill, kept, second, co
                 hits[j] = 0
             if not fill:
                 kept[i] = place
-
-
-@njit(**COMPILED)
-def _hits(i, start, entries, token, offsets, columns, hits, touched):
-    count = 0
-    for m in range(start[i], start[i + 1]):
-        own = entries[m]
-        for q in range(own, offsets[token[own] + 1]):
-            j = columns[q]
-            if hits[j] == 0:
-                touched[count] = j
-                count += 1
-            hits[j] += 1
-    return count
 
 
 def codes_of(sae, x: torch.Tensor, block: int = 2048) -> CSR:
