@@ -82,7 +82,7 @@ def _histograms(offsets, start, entries, token, columns, values, own, tokens, ed
 
 
 @njit(**COMPILED, parallel=True)
-def _emit(*arrays, least, fill, kept, second, common):
+def _emit(offsets, start, entries, token, columns, values, least, fill, kept, second, common):
     """Each row's pairs of ``least`` common tokens or more, and its diagonal: their number, then themselves."""
     n_latents = start.size - 1
     for chunk in prange(CHUNKS):
