@@ -79,7 +79,8 @@ def stability(history: pd.DataFrame, title: str = "", caption: str = "") -> go.F
         fig.add_scatter(x=history.step, y=history[column], mode="lines", line=style(number),
                         name=column.removeprefix("stability/"))
     fig.update_xaxes(title="Step")
-    fig.update_yaxes(title="1 - |c - average| / max, weighted by count", range=[0, 1])
+    fig.update_yaxes(title="Stability (1: as on average before)", range=[0, 1])
+    caption += "<br>Stability: 1 - |c - average| / max of a pair at a window's end, weighted by its count"
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
     return dress(fig, f"Stability of co-activation: {title}", caption, height=480, top=120)
 
