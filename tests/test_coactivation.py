@@ -10,7 +10,7 @@ from sae_lib.params import check
 from sae_lib.sae.codes import FixedK
 from sae_lib.sae.context import Context
 from sae_lib.training import phases
-from sae_lib.training.coactivation import bits, counting
+from sae_lib.training.coactivation import bits, cost, counting
 from sae_lib.training.coactivation.dense import DensePairs, consecutive_weights, pair_term
 from sae_lib.training.coactivation.packed import PackedPairs, consecutive_term, follows
 from sae_lib.training.coactivation.rule import Rule
@@ -249,3 +249,13 @@ def test_phases_are_measured_and_kept():
     cosines = (unit @ unit.T).abs()[~torch.eye(96, dtype=torch.bool)] / 2
     assert torch.allclose(phases.cosine_histogram(unit), torch.histc(cosines * 2, 100, 0, 1) / 2)
     assert not train(samples=256 * 30, coactivation_window=0)[0].report["phases"]
+
+
+def test_the_cost_of_both_forms_is_measured_on_the_same_codes():
+    """Each in a process of its own, with one value; memory is that of the state at least."""
+    shape = {"n_latents": 512, "k": 8, "batch": 64, "power": 2, "window": 100, "threads": 1}
+    found = {form: cost.measured(form=form, **shape) for form in ("packed", "packed, float32", "dense")}
+    values = [one["value"] for one in found.values()]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-3)
+    assert all(one["milliseconds"] > 0 for one in found.values())
+    assert cost.of_run(check("train", {})).empty

@@ -243,3 +243,16 @@ def test_a_baseline_s_seed_that_does_not_compare_and_a_seed_twice_give_no_pair()
     names += [fake_run("s/topk-s3", seed=3, activations={"content_hash": "other"}), fake_run("s/po-s3", seed=3)]
     assert compared(names)[0].differences.pairs.max() == 2
     assert compared([fake_run("a/topk-s1"), fake_run("b/topk-s1"), fake_run("a/x-s1")])[0].differences.empty
+
+
+def test_a_frontier_runs_along_any_parameter(home):
+    for k, weight in ((8, 0.1), (16, 0.2)):
+        fake_run(f"s/m-a-k={k}-s1", l0=float(k))
+        path = runs.folder_of(f"s/m-a-k={k}-s1") / "training.json"
+        runs.write_json(path, runs.read_json(path) | {"ingredients": [{"name": "x", "weight": {"start": weight}}]})
+    names = [f"s/m-a-k={k}-s1" for k in (8, 16)]
+    def along(name):
+        return compare.compare(check("compare", {"study": "s", "runs": names, "frontier": name})).table.along
+    assert along("x.weight").tolist() == [0.1, 0.2]
+    with pytest.raises(ParameterError, match="no run has a number for 'd_sea'; did you mean 'd_sae'"):
+        along("d_sea")
