@@ -62,7 +62,7 @@ def test_tables_escape_their_text(monkeypatch):
 
 
 def histogram(edges, seed):
-    pairs = np.random.default_rng(seed).integers(0, 50, len(edges) - 1)
+    pairs = np.random.default_rng(seed).integers(0, 5000, len(edges) - 1)
     return {"edges": list(edges), "pairs": pairs.tolist()}
 
 
@@ -93,10 +93,20 @@ def compared(**columns):
 def test_phases_by_run_average_seeds_and_leave_out_what_is_apart():
     table = compared(run=["s/m-a-s1", "s/m-a-s2", "s/m-b-s1"], variant=["m-a", "m-a", "m-b"],
                      status=["valid", "valid", "invalid"])
-    fig = figures_pairs.phases_by_run({run: some_phases(n) for n, run in enumerate(table.run)}, table)
+    found = {run: some_phases(n) for n, run in enumerate(table.run)}
+    fig = figures_pairs.phases_by_run(found, table)
     assert len(fig.data) == 6 and {trace.name for trace in fig.data} == {"a"}
-    late = [figures_pairs.shares(some_phases(n)[2]["cosines"])[1] for n in (0, 1)]
-    assert np.allclose(np.nan_to_num(fig.data[2].y), np.nan_to_num(np.array(late)).mean(0))
+    assert all(len(trace.y) and np.allclose(trace.y, 1) for trace in fig.data)
+
+
+def test_phases_by_run_are_beside_the_baseline_s():
+    table = compared(run=["s/m-a-s1", "s/m-b-s1"], variant=["m-a", "m-b"])
+    found = {run: some_phases(n) for n, run in enumerate(table.run)}
+    fig = figures_pairs.phases_by_run(found, table, "a")
+    own, base = (np.array(found[run][2]["cosines"]["pairs"]) for run in ("s/m-b-s1", "s/m-a-s1"))
+    kept = (own >= figures_pairs.FEWEST) & (base >= figures_pairs.FEWEST)
+    drawn = next(trace for trace in fig.data[2:] if trace.name == "b" and trace.xaxis == "x3")
+    assert np.allclose(drawn.y, (own / own.sum() / (base / base.sum()))[kept]) and 0 < kept.sum() < len(kept)
 
 
 def test_the_frontier_lets_l0_differ_and_nothing_else():

@@ -32,6 +32,8 @@ class Comparison(NamedTuple):
     """Full absorption and fraction by run, seed and letter, of the runs that are results."""
     phases: dict[str, list[dict[str, Any]]]
     """Decoder cosines and co-activation at the end of each third of training, by run."""
+    baseline: str | None
+    """The variant that others are compared with; None for the first run's."""
     frontier: str
     """What the frontier runs along; where that is a parameter, the table's column ``along`` holds it."""
 
@@ -57,7 +59,8 @@ def compare(p: params.Compare) -> Comparison:
     histories = {name: history for name in names if (history := _history(name)) is not None}
     apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
     phases = {name: found for name in names if (found := _phases(name))}
-    return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.frontier)
+    return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
+                      p.frontier)
 
 
 def _parameter(name: str, parameter: str) -> float | None:

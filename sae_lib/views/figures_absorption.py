@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
 from sae_lib.views.figures_compare import labels, main, mark_apart, name_rows, span
-from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress
+from sae_lib.views.template import GREY, dress, mark
 
 CORE = ("explained_variance", "ce_loss_score", "kl_div_with_sae")
 
@@ -23,7 +23,7 @@ def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: s
     for number, metric in enumerate(metrics):
         fig.add_scatter(x=table[metric][kept], y=[names[run] for run in table.run[kept]], mode="markers", row=1,
                         col=number + 1, showlegend=False,
-                        marker={"size": 13, "color": COLOURS[number], "symbol": SYMBOLS[number]})
+                        marker=mark(number, 13))
         fig.add_scatter(x=table[metric][null], y=[names[run] for run in table.run[null]], mode="markers", row=1,
                         col=number + 1, showlegend=False,
                         marker={"size": 12, "color": GREY, "symbol": "diamond-open", "line": {"width": 2}})
@@ -64,8 +64,7 @@ def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
         for col, metric in enumerate(CORE, 1):
             fig.add_scatter(x=own.l0, y=own[metric], mode="markers", name=label, legendgroup=label,
                             showlegend=col == 1 and len(own) > 0, hovertext=own.run, row=1, col=col,
-                            marker={"size": 12, "color": COLOURS[number % len(COLOURS)],
-                                    "symbol": SYMBOLS[number % len(SYMBOLS)], "opacity": 0.85})
+                            marker=mark(number) | {"opacity": 0.85})
     for col, metric in enumerate(CORE, 1):
         fig.update_yaxes(title=METRICS[metric].unit, range=span(kept[metric]), row=1, col=col)
     fig.update_xaxes(title="L0 (active latents per token)")

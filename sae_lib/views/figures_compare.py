@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
-from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress, style
+from sae_lib.views.template import GREY, dress, mark, style
 
 TABLE = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2",
          "mean_full_absorption_score")
@@ -56,8 +56,7 @@ def final_losses(table: pd.DataFrame, caption: str = "") -> go.Figure:
     for number, term in enumerate(name for name in table if name.startswith("loss/")):
         fig.add_scatter(y=[names[run] for run in valid.run], x=valid[term], mode="markers",
                         name=term.removeprefix("loss/"),
-                        marker={"size": 13, "color": COLOURS[number % len(COLOURS)],
-                                "symbol": SYMBOLS[number % len(SYMBOLS)]})
+                        marker=mark(number, 13))
     mark_apart(fig, table[~main(table)], names)
     fig.update_xaxes(title="Loss per token at the last logged step (log)", type="log", dtick=1)
     name_rows(fig, [names[run] for run in table.run])
@@ -124,9 +123,7 @@ def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
         for order, variant in enumerate(variants):
             own = valid[valid.variant == variant]
             fig.add_scatter(y=[places[variant]] * len(own), x=own[name], mode="markers", hovertext=own.run,
-                            showlegend=False, **place, marker={"size": 13, "color": COLOURS[order % len(COLOURS)],
-                                                               "symbol": SYMBOLS[order % len(SYMBOLS)],
-                                                               "opacity": 0.8})
+                            showlegend=False, **place, marker=mark(order, 13) | {"opacity": 0.8})
         # What is not a result stays visible at the edge of the axis, without stretching it.
         fig.add_scatter(y=[places[variant] for variant in bad.variant], x=bad[name].clip(low, high), mode="markers",
                         hovertext=[f"{r.run}: {why(r)}".replace("<", "&lt;") for r in bad.itertuples()], **place,

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from sae_lib.evaluation import results
 from sae_lib.metrics import METRICS
-from sae_lib.views.template import COLOURS, SYMBOLS, dress, style
+from sae_lib.views.template import dress, mark, style
 
 PANELS = ("explained_variance", "ce_loss_score", "mean_full_absorption_score", "mean_cos2")
 
@@ -34,8 +34,7 @@ def frontier(comparison, caption: str = "") -> go.Figure:
             at = {"row": place // 2 + 1, "col": place % 2 + 1}
             fig.add_scatter(x=own.x, y=own[name], mode="markers", hovertext=own.run, name=head, legendgroup=head,
                             showlegend=place == 0, **at,
-                            marker={"size": 11, "color": COLOURS[number % len(COLOURS)],
-                                    "symbol": SYMBOLS[number % len(SYMBOLS)]})
+                            marker=mark(number))
             means = own.groupby("variant").agg({"x": "mean", name: "mean"}).sort_values("x")
             if len(means) > 1:
                 fig.add_scatter(x=means.x, y=means[name], mode="lines", line=style(number), legendgroup=head,

@@ -9,11 +9,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sae_lib.evaluation import results
 from sae_lib.views.figures_compare import labels, main
 from sae_lib.views.template import dress, style
 
 PHASES = ("early", "middle", "late")
 WHAT = {"cosines": ("|cosine| of decoder rows", "linear"), "overlap": ("Co-activation |A and B| / |A or B|", "log")}
+FEWEST = 1000
+"""Pairs of a bin that a share is told of."""
 LOG = {"linear": {}, "log": {"dtick": 1, "exponentformat": "power"}}
 
 
@@ -37,28 +40,50 @@ def phases(report: dict[str, Any], title: str = "", caption: str = "") -> go.Fig
     return dress(fig, f"Pairs of latents by phase: {title}", caption, height=520, top=140)
 
 
-def phases_by_run(found: dict[str, list[dict[str, Any]]], table: pd.DataFrame, caption: str = "") -> go.Figure:
-    """The same for the runs of a comparison: a column per phase, a line per variant, seeds averaged."""
+def phases_by_run(found: dict[str, list[dict[str, Any]]], table: pd.DataFrame, baseline: str | None = None,
+                  caption: str = "") -> go.Figure:
+    """Decoder cosines and co-activation beside the baseline's: a column per phase, a line per variant, seeds averaged.
+
+    Shares of pairs relative to the baseline's, in bins where both have FEWEST pairs or more: where runs differ by a
+    few per cent, their distributions would lie on each other.
+    """
     fig = make_subplots(rows=2, cols=3, shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.17,
                         subplot_titles=[f"{phase.capitalize()} third" for phase in PHASES])
     names, kept = labels(table), table[main(table) & table.run.isin(list(found))]
+    own = results.baselines(table, baseline) if len(table) else table.get("variant")
     for number, (_, runs) in enumerate(kept.groupby("variant", sort=False)):
         label = names[runs.run.iloc[0]].rpartition("-s")[0] or names[runs.run.iloc[0]]
+        base = kept[kept.variant == own[runs.index[0]]]
         for row, what in enumerate(WHAT, 1):
             for col, phase in enumerate(PHASES, 1):
-                lines = [shares(entry[what]) for run in runs.run for entry in found[run] if entry["phase"] == phase]
-                if lines:
-                    y = np.mean([np.nan_to_num(line[1]) for line in lines], axis=0)
-                    fig.add_scatter(x=lines[0][0], y=np.where(y > 0, y, np.nan), mode="lines", line=style(number),
-                                    name=label, legendgroup=label, showlegend=row == col == 1, row=row, col=col)
+                x, y = _relative(found, runs.run, base.run, phase, what)
+                fig.add_scatter(x=x, y=y, mode="lines", line=style(number), name=label, legendgroup=label,
+                                showlegend=row == col == 1, row=row, col=col)
     for row, (name, kind) in enumerate(WHAT.values(), 1):
         fig.update_xaxes(type=kind, row=row, **LOG[kind])
         fig.update_xaxes(title=name, row=row, col=2)
-        fig.update_yaxes(type="log", dtick=1, exponentformat="power", row=row)
-        fig.update_yaxes(title="Share of pairs per bin (log)", row=row, col=1)
+        fig.update_yaxes(type="log", row=row)
+        fig.update_yaxes(title="Share of pairs / baseline's (log)", row=row, col=1)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"})
-    return dress(fig, "Pairs of latents by phase of training", caption, width=1120, height=820,
+    return dress(fig, "Pairs of latents by phase of training, beside the baseline's",
+                 caption + f"; bins of fewer than {FEWEST} pairs left out", width=1120, height=820,
                  top=130 + 22 * (kept.variant.nunique() // 3))
+
+
+def _relative(found, runs, base, phase: str, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bins, and the mean share of ``runs`` in each over that of ``base``."""
+    def mean(names):
+        entries = [entry[what] for run in names for entry in found[run] if entry["phase"] == phase]
+        pairs = [np.array(entry["pairs"], dtype=float) for entry in entries]
+        thin = np.min(pairs, axis=0) < FEWEST if pairs else None
+        share = np.mean([part / max(part.sum(), 1) for part in pairs], axis=0) if pairs else np.zeros(0)
+        return entries, np.where(thin, np.nan, share) if pairs else share
+    entries, own = mean(runs)
+    _, beside = mean(base)
+    if not len(own) or len(own) != len(beside):
+        return np.zeros(0), np.zeros(0)
+    told = ~np.isnan(own) & ~np.isnan(beside)
+    return shares(entries[0])[0][told], own[told] / beside[told]
 
 
 def shares(histogram: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -36,3 +36,10 @@ def dress(figure: go.Figure, title: str, caption: str = "", width: int = 960, he
 def style(number: int) -> dict:
     """Colour and dash of the n-th series: never told apart by colour alone."""
     return {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)], "width": 2}
+
+
+def mark(number: int, size: int = 12) -> dict:
+    """Colour and symbol of the n-th series of marks; every pair of them is used once before any comes again."""
+    turn = number // len(COLOURS)
+    symbol = SYMBOLS[(number + turn) % len(SYMBOLS)] + ("-open" if turn % 2 else "")
+    return {"size": size, "color": COLOURS[number % len(COLOURS)], "symbol": symbol, "line": {"width": 2 * (turn % 2)}}
