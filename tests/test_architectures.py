@@ -185,11 +185,15 @@ def test_sae_lens_reads_what_was_trained(name):
     assert theirs.cfg.architecture() == kept
 
 
-@pytest.mark.parametrize("name", ["jumprelu", "batch_topk", "gated"])
-def test_resumed_in_the_same_bits(name, capsys):
-    """What an architecture holds beside the weights is in the checkpoint."""
-    changes = {"architecture": name, "target_l0": None if name == "batch_topk" else 4, "checkpoint_every": 40,
-               "samples": 256 * 100}
+TRACKED = {"order": "sequence_blocks", "ingredients": [{"name": "temporal_coactivation", "window_size": 300}]}
+
+
+@pytest.mark.parametrize("changes", [{"architecture": "jumprelu", "target_l0": 4}, {"architecture": "batch_topk"},
+                                     {"architecture": "gated", "target_l0": 4}, TRACKED],
+                         ids=["jumprelu", "batch_topk", "gated", "tracked pairs"])
+def test_resumed_in_the_same_bits(changes, capsys):
+    """What an architecture holds beside the weights, and what an ingredient tracks, is in the checkpoint."""
+    changes = changes | {"checkpoint_every": 40, "samples": 256 * 100}
     plain = train(run="plain", **changes)[0].sae
     p = check("train", SMALL | changes | {"run": "cut"})
     run = runs.start(p)

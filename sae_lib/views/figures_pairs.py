@@ -63,7 +63,7 @@ def phases_by_run(found: dict[str, list[dict[str, Any]]], table: pd.DataFrame, b
         fig.update_xaxes(type=kind, row=row, **LOG[kind])
         fig.update_xaxes(title=name, row=row, col=2)
         fig.update_yaxes(type="log", row=row)
-        fig.update_yaxes(title="Share of pairs / baseline's (log)", row=row, col=1)
+        fig.update_yaxes(title="Relative share of pairs", row=row, col=1)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"})
     return dress(fig, "Pairs of latents by phase of training, beside the baseline's",
                  caption + f"; bins of fewer than {FEWEST} pairs left out", width=1120, height=820,
