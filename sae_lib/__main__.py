@@ -12,7 +12,9 @@ OUTPUTS = ("params.yaml", "training.json", "history.parquet", "validity.json", "
            "sae/sae_weights.safetensors", "evals/core.json", "evals/absorption.json",
            "figures/training_curves.html", "notebooks/02_train_variant.ipynb", "notebooks/03_eval.ipynb",
            "notebooks/04_letter_absorption.ipynb")
-README_FIGURES = ("training_curves_by_run", "compression_panels", "comparison_table", "letters_by_run")
+README_FIGURES = {"progressive": ("phases_by_run",)}
+"""The README's pictures by the study that they come from; of every other study:"""
+OTHERWISE = ("training_curves_by_run", "compression_panels", "comparison_table", "letters_by_run")
 
 
 def check(study: str) -> int:
@@ -41,13 +43,13 @@ def _figure(value) -> str:
 def figures(study: str) -> int:
     """Refresh the README's pictures in figures/ from a study's comparison."""
     source = runs.home() / "runs" / study / "compare" / "figures"
-    for name in README_FIGURES:
-        for file in (source / f"{name}.png",):
-            if not file.exists():
-                raise runs.RunError(f"{file}: not there; run `snakemake --config study={study}` first")
-            with runs.whole(runs.project() / "figures" / file.name) as temporary:
-                shutil.copyfile(file, temporary)
-            print(f"figures/{file.name}")
+    for name in README_FIGURES.get(study, OTHERWISE):
+        file = source / f"{name}.png"
+        if not file.exists():
+            raise runs.RunError(f"{file}: not there; run `snakemake --config study={study}` first")
+        with runs.whole(runs.project() / "figures" / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+        print(f"figures/{file.name}")
     return 0
 
 
