@@ -115,11 +115,15 @@ def saelens(folder, store, kind="topk", **settings):
     import_transformers()
     import sae_lens
 
-    name = {"topk": "TopKTrainingSAE", "standard": "StandardTrainingSAE"}[kind]
-    extra = {"k": K} if kind == "topk" else {"l1_coefficient": 0.0}
+    name = {"topk": "TopKTrainingSAE", "standard": "StandardTrainingSAE", "jumprelu": "JumpReLUTrainingSAE",
+            "gated": "GatedTrainingSAE"}[kind]
+    extra = {"topk": {"k": K}, "jumprelu": {}}.get(kind, {"l1_coefficient": 0.0})
     config = getattr(sae_lens, f"{name}Config")(d_in=D, d_sae=F, **extra | settings)
     model = getattr(sae_lens, name)(config)
     fit(model, store)
+    for name in ("r_mag", "b_mag", "log_threshold"):  # as training leaves them: no two latents alike
+        if hasattr(model, name):
+            getattr(model, name).data += 0.3 * torch.randn(F)
     model.cfg.metadata.model_name, model.cfg.metadata.hook_name = "tiny", "blocks.1.hook_resid_post"
     model.save_inference_model(folder)
     return sae_lens.SAE.load_from_disk(folder)
@@ -129,6 +133,9 @@ MAKERS = {
     "saelens topk": saelens,
     "saelens topk, selected as they are": lambda f, s: saelens(f, s, rescale_acts_by_decoder_norm=False),
     "saelens standard": lambda f, s: saelens(f, s, "standard"),
+    "saelens jumprelu": lambda f, s: saelens(f, s, "jumprelu"),
+    "saelens gated": lambda f, s: saelens(f, s, "gated"),
+    "saelens gated, input not centred": lambda f, s: saelens(f, s, "gated", apply_b_dec_to_input=False),
     "saelens, input not centred": lambda f, s: saelens(f, s, "standard", apply_b_dec_to_input=False),
     "dictionary_learning topk": lambda f, s: dictionary_learning(AutoEncoderTopK, f, s),
     "dictionary_learning standard": lambda f, s: dictionary_learning(AutoEncoder, f, s),
@@ -268,7 +275,8 @@ class Code:
 
 
 REFUSED = [
-    ("saelens topk", lambda f: change(f / "cfg.json", architecture="jumprelu"), "cfg.json: architecture: 'jumprelu'"),
+    ("saelens topk", lambda f: change(f / "cfg.json", architecture="temporal"), "cfg.json: architecture: 'temporal'"),
+    ("saelens topk", lambda f: change(f / "cfg.json", architecture="jumprelu"), "lacks threshold"),
     ("saelens topk", lambda f: change(f / "cfg.json", architecture="workbook_topk"), "name its run"),
     ("saelens topk", lambda f: change(f / "cfg.json", normalize_activations="layer_norm"), "normalize_activations"),
     ("saelens topk", lambda f: change(f / "cfg.json", reshape_activations="hook_z"), "reshape_activations"),

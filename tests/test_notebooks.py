@@ -127,7 +127,8 @@ def test_a_person_is_shown_figures_to_move_and_files_are_written_all_the_same(wo
     execute("05_compare", home, home, study="trial", mode="live")
     outputs = [output for cell in nbformat.read(home / "05_compare.ipynb", as_version=4).cells
                for output in cell.get("outputs", [])]
-    assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs) == 5
+    shown = sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs)
+    assert shown == len(list(home.glob("runs/trial/compare/figures/*.html"))) == 7
     assert not any("image/png" in output.get("data", {}) for output in outputs)
 
 

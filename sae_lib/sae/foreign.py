@@ -37,7 +37,7 @@ class Parts(NamedTuple):
     b_dec: Tensor
     """(D,)"""
     architecture: str
-    """topk or standard."""
+    """topk, standard, jumprelu or gated."""
     k: int | None
     """Active latents per token (topk)."""
     centred: bool
@@ -48,15 +48,17 @@ class Parts(NamedTuple):
     """The model that the folder says it was trained on."""
     hook: str | None
     """The hook that the folder says it was trained on."""
+    further: dict[str, Tensor] = {}
+    """The architecture's own vectors (F,)."""
 
 
 def load_foreign(folder: Path | str) -> SparseAutoencoder:
     """Read an SAE that another library saved; ``metadata`` says its format, model_name, hook_name and sha256.
 
     Latents and reconstructions are those of the library's own code, on activations as the model gives them. Decoder
-    norms are folded into the code where that changes nothing else: ReLU, and TopK that selects by norm. Of a plain
-    TopK with rows that are not of unit norm the selection would change; the norms are then kept apart (RowNorms). A
-    row of norm 0, which decodes to nothing, becomes a latent that is never active.
+    norms are folded into the code where that changes nothing else: ReLU, thresholds, gates, and TopK that selects by
+    norm. Of a plain TopK with rows that are not of unit norm the selection would change; the norms are then kept apart
+    (RowNorms). A row of norm 0, which decodes to nothing, becomes a latent that is never active.
     Raises RunError naming the file for a folder that is no such SAE, is damaged, or computes what we do not.
     """
     folder = Path(folder)
@@ -83,10 +85,10 @@ def _saelens(file: Path, cfg: dict[str, Any], weights: Path) -> Parts:
     kwargs = cfg.get("activation_fn_kwargs")
     older = cfg.get("activation_fn", cfg.get("activation_fn_str")) == "topk" and isinstance(kwargs, dict)
     kind = "topk" if older else cfg.get("architecture", "standard")
-    if kind not in ("topk", "standard"):
+    if kind not in LENS:
         ours = "; it was made by the workbook: name its run" if str(kind).startswith("workbook_") else ""
         raise RunError(f"{file}: architecture: '{kind}' of SAELens is not read here "
-                       f"(known: standard, topk){ours or nearest(str(kind), ('standard', 'topk'))}")
+                       f"(known: {', '.join(LENS)}){ours or nearest(str(kind), LENS)}")
     for key, fine in (("normalize_activations", ("none", None, False)), ("reshape_activations", ("none", None)),
                       ("finetuning_scaling_factor", (False, None))):
         if cfg.get(key) not in fine:
@@ -95,13 +97,15 @@ def _saelens(file: Path, cfg: dict[str, Any], weights: Path) -> Parts:
     held = _safetensors(weights)
     if "scaling_factor" in held and bool((held["scaling_factor"] == 1).all()):
         del held["scaling_factor"]
-    W_enc, b_enc, W_dec, b_dec = _only(held, weights, "W_enc", "b_enc", "W_dec", "b_dec")
+    form = architectures.get(kind)
+    W_enc, b_enc, W_dec, b_dec, *own = _only(held, weights, "W_enc", form.lens_names.get("b_enc", "b_enc"), "W_dec",
+                                             "b_dec", *form.vectors)
     said = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
     k = kwargs.get("k") if older else cfg.get("k", 100)  # SAELens' own default
     return Parts(W_enc.T, b_enc, W_dec, b_dec, kind, k if kind == "topk" else None,
                  cfg.get("apply_b_dec_to_input", True) is not False,
                  kind == "topk" and cfg.get("rescale_acts_by_decoder_norm", False) is True,
-                 _word(said.get("model_name")), _word(said.get("hook_name")))
+                 _word(said.get("model_name")), _word(said.get("hook_name")), dict(zip(form.vectors, own)))
 
 
 def _dictionary_learning(file: Path, config: dict[str, Any], weights: Path) -> Parts:
@@ -139,6 +143,8 @@ def _sparsify(file: Path, cfg: dict[str, Any], weights: Path) -> Parts:
     return Parts(W_enc, b_enc, W_dec, b_dec, "topk", cfg.get("k", 32), True, False, None, None)
 
 
+LENS = ("standard", "topk", "jumprelu", "gated")
+"""Architectures of SAELens that are read here."""
 FORMATS = {"SAELens": ("sae_weights.safetensors", "cfg.json", _saelens),
            "sparsify": ("sae.safetensors", "cfg.json", _sparsify),
            "dictionary_learning": ("ae.pt", "config.json", _dictionary_learning)}
@@ -184,6 +190,10 @@ def _only(held: dict[str, Tensor], file: Path, *names: str) -> list[Tensor]:
 def _check(parts: Parts, file: Path) -> None:
     """Shapes that fit each other, and a k that fits the shapes."""
     shapes = [tuple(t.shape) for t in parts[:4]]
+    wrong = [name for name, vector in parts.further.items() if tuple(vector.shape) != shapes[1]]
+    if wrong:
+        raise RunError(f"{file}: {wrong[0]}: one number per latent is wanted, not the shape "
+                       f"{tuple(parts.further[wrong[0]].shape)}")
     d_sae, d_in = shapes[0] if len(shapes[0]) == 2 else (0, 0)
     if min(d_sae, d_in) < 1 or shapes != [(d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,)]:
         raise RunError(f"{file}: shapes do not fit each other: encoder {shapes[0]} and {shapes[1]}, decoder "
@@ -196,20 +206,27 @@ def _check(parts: Parts, file: Path) -> None:
 def _unit_rows(parts: Parts) -> SparseAutoencoder:
     """Our form of the SAE: centred input, unit decoder rows."""
     W_enc, b_enc, W_dec, b_dec = (t.double() for t in parts[:4])
+    own = {name: vector.double() for name, vector in parts.further.items()}
     if not parts.centred:
-        b_enc = b_enc + W_enc @ b_dec  # W (x - b_dec) + b' = W x + b
+        moved = W_enc @ b_dec  # W (x - b_dec) + b' = W x + b
+        b_enc = b_enc + moved
+        if "b_mag" in own:
+            own["b_mag"] = own["b_mag"] + own["r_mag"].exp() * moved
     norms, hooks = W_dec.norm(dim=1), []
     if not bool(((norms - 1).abs() <= UNIT).all()):
         empty = norms == 0
         W_dec = torch.where(empty[:, None], torch.eye(1, W_dec.shape[1], dtype=W_dec.dtype), W_dec)
         W_dec = W_dec / torch.where(empty, 1.0, norms)[:, None]
-        if parts.architecture == "standard" or parts.by_norm:
+        form = architectures.get(parts.architecture)
+        if parts.architecture != "topk" or parts.by_norm:
             W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
+            own |= {name: own[name] * norms for name in form.scales_as_input}
         else:
             hooks = [RowNorms(norms.float())]
     config = {"k": parts.k} if parts.architecture == "topk" else {}
     rows = [t.float().contiguous() for t in (W_enc, b_enc, W_dec, b_dec)]
-    sae = SparseAutoencoder(*rows, architectures.get(parts.architecture)(**config))
+    further = {name: vector.float() for name, vector in own.items()}
+    sae = SparseAutoencoder(*rows, architectures.get(parts.architecture)(**config), further=further)
     sae.hooks = hooks
     return sae
 
