@@ -1,6 +1,7 @@
 """SAEBench core through our wrapper: what it must say of SAEs whose figures are known beforehand."""
 
 import itertools
+import math
 import os
 import random
 import warnings
@@ -198,3 +199,13 @@ def test_the_sae_itself_is_left_as_it_was(core):
     with warnings.catch_warnings():
         core(sae)
     assert all(torch.equal(a, b) for a, b in zip(weights, sae.parameters()))
+
+
+@pytest.mark.parametrize("name", sorted(architectures.REGISTRY))
+def test_core_measures_every_architecture(core, name):
+    """With figures that are those of the SAE's own encoder: L0 and recovered cross-entropy are there and finite."""
+    made = architectures.get(name)(k=4, threshold_start=0.3)
+    sae = SparseAutoencoder.initialise(96, torch.zeros(D), made, torch.Generator().manual_seed(0))
+    report = core(sae.requires_grad_(False))
+    assert report["metrics"]["l0"] > 0 and math.isfinite(report["metrics"]["ce_loss_score"])
+    assert report["config"]["d_sae"] == 96

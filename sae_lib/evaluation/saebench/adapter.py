@@ -40,6 +40,8 @@ def wrap(sae, model: str, hook: str, *, device, dtype: torch.dtype, context: int
                 for name in ("b_enc", "W_dec", "b_dec"):
                     getattr(self, name).copy_(getattr(sae, name))
                 self.W_enc.copy_(sae.W_enc.T)
+            for name, part in sae.further.items():  # of a gated SAE it reads b_mag
+                self.register_buffer(name, part.detach().clone())
             self.cfg.architecture = sae.architecture.name
             self.cfg.context_size = context
             self.cfg.device = str(device)
