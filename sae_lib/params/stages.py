@@ -104,7 +104,7 @@ class Train(Extract):
     l0_penalty: Literal["step", "tanh"] = "tanh"
     """L0 by a straight-through estimator, or a sum of tanh(4 f), which reaches the encoder too (jumprelu)."""
     threshold_start: float = Field(0.1, ge=0)
-    """Every threshold at first, where no L0 sets it, in units of activations scaled to E|x|^2 = d_in (jumprelu)."""
+    """Every threshold at first, where no L0 sets it, for activations of mean square 1 a dimension (jumprelu)."""
     bandwidth: float = Field(0.5, gt=0)
     """Width of the band around a threshold whose entries move it (jumprelu)."""
     l1_warmup: float = Field(0.1, ge=0, le=1)
@@ -116,7 +116,7 @@ class Train(Extract):
     ingredients: list[dict[str, Any]] = []
     """What makes a variant: a list of {name: ..., its own keys}."""
     set: str | list[str] = []
-    """Changes inside ingredients: "progressive_orthogonality.weight=0.1"."""
+    """Changes inside ingredients: name.key, an equals sign, and the value."""
     samples: int = Field(2_000_000, ge=0)
     """Activations to train on, epochs counted again."""
     batch_size: int = Field(2048, ge=1)
