@@ -9,7 +9,7 @@ from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
 from sae_lib.training import terms
 from sae_lib.training.ingredients import configured
-from sae_lib.training.ingredients.progressive_orthogonality import pair_sum
+from sae_lib.training.pair_sum import pair_sum
 
 D, F, B = 24, 96, 40
 
