@@ -105,12 +105,8 @@ def _letters(table: pd.DataFrame) -> pd.DataFrame:
     """Each kept letter's figures, of the runs whose figures are results."""
     found = []
     for name in results.results(table).run:
-        path = runs.folder_of(name) / "evals/absorption_letters.parquet"
-        try:
-            frame = pd.read_parquet(path, columns=LETTER_COLUMNS) if path.exists() else pd.DataFrame()
-        except (OSError, ValueError, TypeError, NotImplementedError):
-            frame = pd.DataFrame()
-        if len(frame):
+        frame = _parquet(name, "evals/absorption_letters.parquet", LETTER_COLUMNS)
+        if frame is not None and len(frame):
             found.append(frame[frame.kept].assign(run=name))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*LETTER_COLUMNS, "run"])
 
@@ -127,8 +123,13 @@ def _of_study(study: str) -> list[str]:
 
 def _history(name: str) -> pd.DataFrame | None:
     """A run's history, or None where there is none that can be drawn."""
+    history = _parquet(name, "history.parquet")
+    return history if history is not None and DRAWN.issubset(history.select_dtypes("number")) else None
+
+
+def _parquet(name: str, file: str, columns: list[str] | None = None) -> pd.DataFrame | None:
+    """A file of a run's, or None where it is missing or damaged (Arrow raises NotImplementedError too)."""
     try:
-        history = pd.read_parquet(runs.folder_of(name) / "history.parquet")
-        return history if DRAWN.issubset(history.select_dtypes("number")) else None
+        return pd.read_parquet(runs.folder_of(name) / file, columns=columns)
     except (OSError, ValueError, TypeError, NotImplementedError, params.ParameterError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,18 +21,22 @@ def heldout(sae: SparseAutoencoder, x: Tensor, scale: float, block: int = 2048) 
     """
     fired = torch.zeros(sae.d_sae, dtype=torch.bool)
     active, parts = 0.0, []
-    device = sae.W_dec.device
-    for part in x.split(block):
-        ctx = sae.run(Context(sae, part.to(device) * sae.input_scale))
+    for ctx in passes(sae, x, block):
         parts.append((ctx.reconstruction / sae.input_scale).cpu())
         fired |= ctx.fired.cpu()
-        active += ctx.codes.l0() * len(part)
+        active += ctx.codes.l0() * len(ctx.x)
     x_hat = torch.cat(parts)
     norms = x.norm(dim=1).clamp_min(1e-12)
     return {"explained_variance": explained_variance(x, x_hat), "l0": active / len(x),
             "mse": float((scale * (x - x_hat)).square().sum(1).double().mean()),
             "norm_ratio": float((x_hat.norm(dim=1) / norms).double().mean()),
             "unused_share": float((~fired).double().mean()), "heldout_tokens": len(x)}
+
+
+def passes(sae: SparseAutoencoder, x: Tensor, block: int = 2048) -> Iterator[Context]:
+    """Forward passes of ``sae`` on ``x`` (N, D), activations as the model gives them, ``block`` rows at a time."""
+    for part in x.split(block):
+        yield sae.run(Context(sae, part.to(sae.W_dec.device) * sae.input_scale))
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sae_lib.sae import architectures
 from sae_lib.sae.architectures.topk import TopK
-from sae_lib.sae.codes import Codes, Dense
+from sae_lib.sae.codes import Codes
 from sae_lib.sae.context import Context
-from sae_lib.sae.kernels.reference import select_batch_topk
+from sae_lib.sae.kernels.reference import select_batch_topk, select_over
 
 MOVES, SHARE = 0.01, 20
 """Weight of a batch in the running mean; in a short run, where values still move, a twentieth of its steps count."""
@@ -39,7 +39,7 @@ class BatchTopK(TopK):
         """The largest of (B, F) through ReLU; outside training those over the threshold."""
         if ctx.training:
             return select_batch_topk(pre_acts, self.k)
-        return Dense(pre_acts.relu() * (pre_acts > ctx.sae.further["threshold"]))
+        return select_over(pre_acts, ctx.sae.further["threshold"])
 
     def encode(self, ctx: Context, kernel) -> Codes:
         """The same by a kernel."""

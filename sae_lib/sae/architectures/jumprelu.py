@@ -15,6 +15,7 @@ from sae_lib.sae.architectures.sparsity_control import SparsityControl
 from sae_lib.sae.codes import Codes, Dense
 from sae_lib.sae.context import Context
 from sae_lib.sae.kernels.jumprelu import jump, jumprelu
+from sae_lib.sae.kernels.reference import select_over
 
 STEEPNESS, FALL = 4.0, 1.0
 """c; and how much of the controller's move the thresholds make."""
@@ -45,7 +46,7 @@ class JumpReLU(SparsityControl, architectures.Architecture):
         """Pre-activations (B, F) over their threshold."""
         threshold = ctx.sae.further["threshold"]
         if not ctx.training:
-            return Dense(pre_acts.relu() * (pre_acts > threshold))
+            return select_over(pre_acts, threshold)
         values, ctx.own["active"] = jump(pre_acts, threshold.expand_as(pre_acts), self.bandwidth)
         return Dense(values)
 

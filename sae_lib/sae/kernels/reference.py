@@ -45,8 +45,7 @@ class Reference:
 
     def over(self, x: Tensor, sae, threshold: Tensor) -> Dense:
         """Pre-activations over a ``threshold`` (F,) that is 0 or more; 0 elsewhere."""
-        pre_acts = self.pre_activations(x, sae)
-        return Dense(pre_acts * (pre_acts > threshold))
+        return select_over(self.pre_activations(x, sae), threshold)
 
     def relu(self, x: Tensor, sae) -> Dense:
         """Positive pre-activations."""
@@ -62,6 +61,11 @@ def select_topk(pre_acts: Tensor, k: int) -> FixedK:
     """The k largest of each row of (B, F), through ReLU."""
     values, indices = pre_acts.topk(k, dim=1, sorted=False)
     return FixedK(indices, values.relu(), pre_acts.shape[1])
+
+
+def select_over(pre_acts: Tensor, threshold: Tensor) -> Dense:
+    """Entries of (B, F) over a ``threshold`` (F,) that is 0 or more; 0 elsewhere."""
+    return Dense(pre_acts.relu() * (pre_acts > threshold))
 
 
 def select_batch_topk(pre_acts: Tensor, k: int) -> Dense:

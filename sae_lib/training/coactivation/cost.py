@@ -23,6 +23,7 @@ from sae_lib.sae.kernels.cpu import same_threads
 from sae_lib.training.coactivation.dense import DensePairs, pair_term
 from sae_lib.training.coactivation.packed import PackedPairs
 from sae_lib.training.coactivation.rule import Rule
+from sae_lib.training.ingredients import configured
 
 DENSE_MATRICES = 12
 """F x F float32 matrices that a plain step holds at most, with room (measured: 10)."""
@@ -33,15 +34,14 @@ def of_run(p) -> pd.DataFrame:
 
     The dense form is left out, and said, where it might not fit half of this machine's memory.
     """
-    config = next((entry for entry in p.ingredients if entry.get("name") == "temporal_coactivation"), None)
-    if config is None or config.get("weights") == "consecutive":
+    config = next((config for kind, config in configured(p) if kind.name == "temporal_coactivation"), None)
+    if config is None or config.weights == "consecutive":
         return pd.DataFrame()
-    asked = {"n_latents": p.d_sae, "k": min(p.k, p.d_sae), "batch": p.batch_size, "power": config.get("power", 1),
-             "window": config.get("window_size", 1000), "threads": torch.get_num_threads()}
-    forms = ["packed", "packed, float32"]
+    asked = {"n_latents": p.d_sae, "k": min(p.k, p.d_sae), "batch": p.batch_size, "power": config.power,
+             "window": config.window_size, "threads": torch.get_num_threads()}
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     fits = DENSE_MATRICES * 4 * p.d_sae**2 < room
-    rows = [{"form": form, **measured(form=form, **asked)} for form in [*forms, *["dense"] * fits]]
+    rows = [{"form": form, **measured(form=form, **asked)} for form in ("packed", "packed, float32", *["dense"] * fits)]
     if not fits:
         rows.append({"form": f"dense: not tried, {DENSE_MATRICES} matrices of {4 * p.d_sae**2 / 2**20:,.0f} MiB"})
     return pd.DataFrame(rows)

@@ -12,9 +12,9 @@ from scipy import sparse
 
 from sae_lib import runs
 from sae_lib.sae.codes import CSR
-from sae_lib.sae.context import Context
 from sae_lib.training.coactivation.loops import CHUNKS, COMPILED, gather
 from sae_lib.training.coactivation.packed import Rows
+from sae_lib.training.measure import passes
 
 LIMIT = 500_000
 """Pairs that are kept."""
@@ -101,9 +101,9 @@ def _emit(offsets, start, entries, token, columns, values, least, fill, kept, se
                 kept[i] = place
 
 
-def codes_of(sae, x: torch.Tensor, block: int = 2048) -> CSR:
+def codes_of(sae, x: torch.Tensor) -> CSR:
     """Codes of activations (T, D) as the model gives them, on the CPU."""
-    parts = [sae.run(Context(sae, part.to(sae.W_dec.device) * sae.input_scale)).codes.csr() for part in x.split(block)]
+    parts = [ctx.codes.csr() for ctx in passes(sae, x)]
     counts = torch.cat([part.offsets.diff() for part in parts]).cpu()
     return CSR(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), torch.cat([part.indices for part in parts]).cpu(),
                torch.cat([part.values for part in parts]).cpu(), sae.d_sae)

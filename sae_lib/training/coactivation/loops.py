@@ -78,9 +78,24 @@ def term_and_slope(weight, dot, per_batch, power, orders):
 
 
 @njit(**COMPILED)
-def _weight(share, average, gamma):
-    largest = max(share, average)
-    return share * (1 + gamma * abs(share - average) / largest) if largest > 0 else np.float32(0)
+def _weight(k, hits, counts, average, per_token, per_batch, gamma, after_reset):
+    """w of the pair at place k: of the window, or (after a reset) the batch's own co-activation."""
+    if after_reset:
+        return np.float32(hits) * per_batch
+    share, before = np.float32(counts[k]) * per_token, load(average, k)
+    largest = max(share, before)
+    return share * (1 + gamma * abs(share - before) / largest) if largest > 0 else np.float32(0)
+
+
+@njit(**COMPILED)
+def _count(at, end, before, base, entries, token, offsets, columns, counts):
+    """Count a row's co-activations from entry ``at`` to the last of a token under ``before``; the entry after it."""
+    while at < end and token[entries[at]] < before:
+        own = entries[at]
+        for q in range(own, offsets[token[own] + 1]):
+            counts[base + columns[q]] += 1
+        at += 1
+    return at
 
 
 @njit(**COMPILED)
@@ -116,13 +131,15 @@ def _close(i, base, words, counts, average, length, fired, number, latent_rate, 
 
 
 @njit(**COMPILED, parallel=True)
-def windows(offsets, start, entries, token, columns, values, words, counts, average, ends, lengths, fired, tokens,
+def windows(offsets, start, entries, token, columns, values, words, counts, average, ends, lengths, fired, length,
             batch, number, gamma, power, diagonal, after_reset, latent_rate, decay_absent, group, place, members,
             blocks, steady):
-    """One step over all rows; the term's value, and the gradient of each entry."""
+    """One step over all rows; the term's value, and the gradient of each entry.
+
+    ``length`` is the tokens of the window whose weights are read.
+    """
     n_latents, closing = start.size - 1, ends.size > 0
     grads, totals = np.zeros((CHUNKS, values.size), np.float32), np.zeros(CHUNKS)
-    read_length = lengths[-1] if closing else tokens + batch
     for chunk in prange(CHUNKS):
         gram, hits = np.zeros(n_latents, np.float32), np.zeros(n_latents, np.int32)
         touched, slope = np.empty(n_latents, np.uint32), np.zeros(n_latents, np.float32)
@@ -132,25 +149,18 @@ def windows(offsets, start, entries, token, columns, values, words, counts, aver
             base, at, last = i * n_latents - i * (i + 1) // 2, start[i], ends.size - 1
             count = gather(i, start, entries, token, offsets, columns, values, gram, hits, touched)
             for w in range(ends.size):
-                while at < start[i + 1] and token[entries[at]] < ends[w]:
-                    own = entries[at]
-                    for q in range(own, offsets[token[own] + 1]):
-                        counts[base + columns[q]] += 1
-                    at += 1
+                at = _count(at, start[i + 1], ends[w], base, entries, token, offsets, columns, counts)
                 if w == last:
-                    _slopes(i, base, counts, average, read_length, gamma, power, diagonal, after_reset, batch, gram,
+                    _slopes(i, base, counts, average, length, gamma, power, diagonal, after_reset, batch, gram,
                             hits, touched, count, slope, totals[chunk:chunk + 1], group, place, members, blocks)
                 _close(i, base, words, counts, average, lengths[w], fired[w], number + w, latent_rate, decay_absent,
                        w == last, steady[0, chunk], steady[1, chunk])
             if closing:
-                for m in range(at, start[i + 1]):
-                    own = entries[m]
-                    for q in range(own, offsets[token[own] + 1]):
-                        counts[base + columns[q]] += 1
+                _count(at, start[i + 1], batch, base, entries, token, offsets, columns, counts)
             else:
                 for t in range(count):
                     counts[base + touched[t]] += hits[touched[t]]
-                _slopes(i, base, counts, average, read_length, gamma, power, diagonal, False, batch, gram, hits,
+                _slopes(i, base, counts, average, length, gamma, power, diagonal, False, batch, gram, hits,
                         touched, count, slope, totals[chunk:chunk + 1], group, place, members, blocks)
             if blocks.shape[0] == 0:
                 scatter(i, start, entries, token, offsets, columns, values, slope, grads[chunk])
@@ -170,8 +180,7 @@ def _slopes(i, base, counts, average, length, gamma, power, diagonal, after_rese
             for q in range(members.shape[1]):
                 j = members[g, q]
                 if j >= i:
-                    weight = np.float32(hits[j]) * per_batch if after_reset else _weight(
-                        np.float32(counts[base + j]) * per_token, load(average, base + j), gamma)
+                    weight = _weight(base + j, hits[j], counts, average, per_token, per_batch, gamma, after_reset)
                     blocks[g, place[i], q] = weight
                     blocks[g, q, place[i]] = weight
         return
@@ -179,8 +188,7 @@ def _slopes(i, base, counts, average, length, gamma, power, diagonal, after_rese
         j = touched[t]
         if j == i and not diagonal:
             continue
-        weight = np.float32(hits[j]) * per_batch if after_reset else _weight(
-            np.float32(counts[base + j]) * per_token, load(average, base + j), gamma)
+        weight = _weight(base + j, hits[j], counts, average, per_token, per_batch, gamma, after_reset)
         value, slope[j] = term_and_slope(weight, gram[j], per_batch, power, 1 if j == i else 2)
         total[0] += value
 

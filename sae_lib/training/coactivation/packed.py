@@ -15,6 +15,8 @@ from sae_lib.training.coactivation.rule import Rule
 
 LARGEST_WINDOW = 65535
 """Counts have 16 bits."""
+NO_MEMBERS, NO_BLOCKS = np.zeros((0, 1), np.int64), np.zeros((0, 1, 1), np.float32)
+"""No groups of latents whose weights are asked for."""
 
 
 class PackedPairs:
@@ -50,32 +52,31 @@ class PackedPairs:
 
         Differentiable in the codes' values.
         """
-        ends, lengths, left = self.rule.closings(self.tokens, len(codes.offsets) - 1)
-        return _Term.apply(codes.values, self._step, codes, power, diagonal, ends, lengths, left)
+        return _Term.apply(codes.values, self._step, codes, power, diagonal)
 
     def block_weights(self, codes: CSR, members: Tensor) -> Tensor:
         """Count a batch's tokens, and give the step's weights (n, size, size) of the pairs within each of some
         groups of latents (n, size); entries of -1 are empty."""
-        ends, lengths, left = self.rule.closings(self.tokens, len(codes.offsets) - 1)
         blocks = np.zeros((*members.shape, members.shape[1]), np.float32)
-        self._step(codes, 1, False, ends, lengths, left, members.numpy(), blocks)
+        self._step(codes, 1, False, members.numpy(), blocks)
         return torch.from_numpy(blocks)
 
-    def _step(self, codes, power, diagonal, ends, lengths, left, members=None, blocks=None):
+    def _step(self, codes, power, diagonal, members=NO_MEMBERS, blocks=NO_BLOCKS):
+        """Value and gradient of the term; with groups of latents their weights, into ``blocks``, instead."""
         rule, batch = self.rule, len(codes.offsets) - 1
+        ends, lengths, left = rule.closings(self.tokens, batch)
         rows = Rows(codes)
         fired = rows.fired_between(ends, self.n_latents)
         fired[0] += self.fired
         self.fired = fired[-1]
-        members = np.zeros((0, 1), np.int64) if members is None else members
-        blocks = np.zeros((0, 1, 1), np.float32) if blocks is None else blocks
         group, place = np.full(self.n_latents, -1, np.int64), np.zeros(self.n_latents, np.int64)
         there = members >= 0
         group[members[there]], place[members[there]] = np.nonzero(there)
         steady = np.zeros((2, loops.CHUNKS, self.n_latents), np.float32)
-        values, grads = loops.windows(
+        value, grads = loops.windows(
             *rows.arrays, self.counts.view(torch.int64).numpy(), self.counts.numpy(), self.average.numpy(),
-            np.array(ends, np.int64), np.array(lengths, np.int64), fired[:-1], self.tokens, batch, self.windows,
+            np.array(ends, np.int64), np.array(lengths, np.int64), fired[:-1],
+            lengths[-1] if ends else left, batch, self.windows,
             np.float32(rule.gamma), power, diagonal, rule.after_reset, rule.latent_rate, rule.decay_absent, group,
             place, members, blocks, steady)
         if ends:
@@ -83,12 +84,14 @@ class PackedPairs:
             self.stability = torch.from_numpy(total[0] / np.maximum(total[1], 1e-30))
             self.pair_stability = float(total[0].sum() / max(total[1].sum(), 1e-30))
         self.tokens, self.windows = left, self.windows + len(ends)
-        return values, rows.back(grads)
+        return value, rows.back(grads)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         return {"counts": self.counts.view(torch.int16), "average": self.average.view(torch.int16),
-                "fired": torch.from_numpy(self.fired), "open": torch.tensor([self.tokens, self.windows])}
+                "fired": torch.from_numpy(self.fired), "open": torch.tensor([self.tokens, self.windows]),
+                "stability": torch.zeros(0) if self.stability is None else self.stability,
+                "pair_stability": torch.tensor(self.pair_stability, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what ``state_dict`` gave."""
@@ -96,6 +99,8 @@ class PackedPairs:
         self.average.copy_(state["average"].view(self.average.dtype))
         self.fired = state["fired"].numpy()
         self.tokens, self.windows = state["open"].tolist()
+        self.stability = state["stability"] if len(state["stability"]) else None
+        self.pair_stability = float(state["pair_stability"])
 
 
 class Rows:
