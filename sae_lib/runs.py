@@ -233,7 +233,7 @@ def start(p: Common, **made_from: Any) -> Run:
                 raise RunError(f"run '{p.run}' is finished with other parameters ({', '.join(other)}); "
                                "choose another name for `run`, or set overwrite: true to replace it")
         sweep(run.path)
-        for stale in ("sae", "validity.json", "training.json", "history.parquet", "evals", "hashes.json"):
+        for stale in ("sae", "validity.json", "training.json", "history.parquet", "evals", "latents", "hashes.json"):
             _remove(run.path / stale)
         write_text(run.path / "params.yaml", yaml.safe_dump(asked, sort_keys=True))
     return run

@@ -12,7 +12,7 @@ from sae_lib import runs
 from sae_lib.params import ParameterError, digest
 
 CLAIMS = {"02_train_variant": ("params.yaml", "provenance.json", "training.json", "history.parquet", "sae/*",
-                               "coactivation/*"),
+                               "coactivation/*", "latents/*"),
           "03_eval": ("evals/core.json", "evals/done.json"),
           "04_letter_absorption": ("evals/*absorption*", "evals/*letter*")}
 """The files that each stage writes and vouches for, beside validity.json, which every stage completes."""

@@ -65,7 +65,7 @@ class LanguageModel(NamedTuple):
         base, seen = self.hf.base_model, []
         if not self.whole:
             return base(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
-        layers, norm = _layers(base)[1], getattr(base, _norm_name(base))
+        layers, norm = _layers(base)[1], final_norm(base)
         follower = [*layers, norm][_depth(self.hook)]
         handle = follower.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
@@ -248,6 +248,11 @@ def _layers(base) -> tuple[str, torch.nn.ModuleList]:
         raise ParameterError(f"model: the layout of {type(base).__name__} is not known; models with .layers and .norm "
                              "are (Llama, Gemma, Qwen, Mistral, Pythia, GPT-2 and their kin)")
     return name, getattr(base, name)
+
+
+def final_norm(base) -> torch.nn.Module:
+    """The norm after the last block."""
+    return getattr(base, _norm_name(base))
 
 
 def _norm_name(base) -> str | None:

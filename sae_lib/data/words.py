@@ -59,6 +59,12 @@ def prompt_documents(tokenizer, seed: int = 0) -> Iterator[str]:
         yield "\n".join(TEMPLATE.format(word=word, letter=word[0].upper()) for word in draw.sample(words, SHOTS + 1))
 
 
+def texts(tokenizer, ids) -> dict[int, str]:
+    """The text of each of some token ids, with its leading space."""
+    spaced, known = _spaced(tokenizer), sorted(set(ids))
+    return dict(zip(known, map(spaced, tokenizer.convert_ids_to_tokens(known))))
+
+
 def _is_for_prompts(word: str) -> bool:
     return hashlib.sha256(word.encode()).digest()[0] < 64
 

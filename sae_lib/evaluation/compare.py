@@ -36,6 +36,8 @@ class Comparison(NamedTuple):
     """The variant that others are compared with; None for the first run's."""
     frontier: str
     """What the frontier runs along; where that is a parameter, the table's column ``along`` holds it."""
+    parameters: dict[str, str]
+    """By run, the parameters that differ from its baseline's, a line each."""
 
 
 def compare(p: params.Compare) -> Comparison:
@@ -60,7 +62,37 @@ def compare(p: params.Compare) -> Comparison:
     apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
     phases = {name: found for name in names if (found := _phases(name))}
     return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
-                      p.frontier)
+                      p.frontier, parameters_apart(table, p.baseline))
+
+
+def parameters_apart(table: pd.DataFrame, baseline: str | None) -> dict[str, str]:
+    """For each run the parameters that differ from its baseline's run (of its seed, where there is one)."""
+    held = {name: _params(name) for name in table.run}
+    found = {}
+    for row, own in zip(table.itertuples(), results.baselines(table, baseline)):
+        beside = table[table.variant == own]
+        same = beside[beside.seed == row.seed]
+        base, asked = held[(same if len(same) else beside).run.iloc[0]], held[row.run]
+        apart = sorted(key for key in {*base, *asked} if base.get(key) != asked.get(key))
+        found[row.run] = "\n".join(f"{key}: {_short(asked.get(key))} (baseline {_short(base.get(key))})"
+                                   for key in apart) or "parameters as the baseline's"
+    return found
+
+
+def _params(name: str) -> dict[str, Any]:
+    try:
+        return dict(runs.Run(name).params)
+    except (runs.RunError, params.ParameterError, TypeError, ValueError):
+        return {}
+
+
+def _short(value: Any, longest: int = 90) -> str:
+    if isinstance(value, list):  # ingredients
+        value = ", ".join(str(part.get("name", part)) + "".join(
+            f" {key}={item}" for key, item in part.items() if key != "name") if isinstance(part, dict) else str(part)
+            for part in value) or "none"
+    text = str(value)
+    return text if len(text) <= longest else text[:longest - 1] + "…"
 
 
 def _parameter(name: str, parameter: str) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 
 from sae_lib import params, runs
 from sae_lib.data import activations
@@ -25,6 +26,8 @@ FIGURES = ("full_absorption", "fully_absorbed", "absorption_fraction", "splits")
 """Columns of the letters' table that are results, and missing where there is none."""
 BOOTSTRAP = {"mean_full_absorption_score": "full_absorption", "mean_absorption_fraction_score": "absorption_fraction"}
 DRAWS, LEVEL = 1000, 0.95
+PROBES = "absorption_probes.safetensors"
+"""Direction (D,) of each seed's and letter's probe, by ``seed<seed>.<letter>``."""
 
 
 class Letters(NamedTuple):
@@ -53,7 +56,7 @@ def evaluate(p: params.Letters) -> Letters:
         report, letters, words = {}, pd.DataFrame(), pd.DataFrame()
         if run.json("training.json")["nonfinite"]:
             print(f"not evaluated: {'; '.join(verdict.reasons)}")
-            for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet"):
+            for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES):
                 (folder / name).unlink(missing_ok=True)
         else:
             report, letters, words = _measure(p, run, asked)
@@ -107,6 +110,9 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
               "sparse_probe_batch": sparse_batch(materials[p.absorption_seeds[0]].train, words.vocabulary,
                                                  p.absorption_preset),
               "dtype": materials[p.absorption_seeds[0]].dtype, "device": device.type}
+    with runs.whole(run.path / "evals" / PROBES) as temporary:
+        save_file({f"seed{seed}.{letter}": row.float().contiguous() for seed, one in materials.items()
+                   for letter, row in zip(one.letters, one.weight)}, temporary)
     report = _report(found, config) | {
         "l0_words": _l0(sae, materials.values()), "seconds": round(time.perf_counter() - start, 2),
         "seconds_setup": round(setup, 2), "words_reused": all(m.reused for m in materials.values())}

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_lib import runs
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.training.coactivation.counting import EDGES, codes_of, count
 
@@ -26,11 +28,14 @@ def ends(total_steps: int) -> dict[int, str]:
 def measure(sae: SparseAutoencoder, x: Tensor, name: str, step: int, folder: Path | None) -> dict[str, Any]:
     """Histograms of |cos| between decoder rows, and of co-activation on tokens ``x`` (T, D) as the model gives them.
 
-    Where there is a ``folder`` the pairs are kept there too, as ``<name>.npz``.
+    Where there is a ``folder`` the pairs are kept there too, as ``<name>.npz``, and decoder rows in bfloat16.
     """
     counts = count(codes_of(sae, x))
     if folder is not None:
         counts.save(folder, name)
+        if name != NAMES[-1]:  # the last is the SAE's own
+            with runs.whole(folder / f"{name}.safetensors") as temporary:
+                save_file({"W_dec": sae.W_dec.detach().bfloat16().cpu().contiguous()}, temporary)
     cosines = cosine_histogram(sae.W_dec)
     return {"phase": name, "step": step, "tokens": counts.tokens, "pairs_seen": counts.seen,
             "cosines": {"edges": np.linspace(0, 1, BINS + 1).tolist(), "pairs": cosines.tolist()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,15 +38,17 @@ class Result(NamedTuple):
     """What training.json holds."""
 
 
-def train(p: Train, source, run: runs.Run) -> Result:
+def train(p: Train, source, run: runs.Run, watch: Callable[[list[dict[str, float]]], None] | None = None) -> Result:
     """Train the variant that ``p`` names on ``source`` and write the run's folder.
 
-    Goes on from a checkpoint of the same parameters where an earlier training left one. Raises ParameterError before
+    Goes on from a checkpoint of the same parameters where an earlier training left one. ``watch`` is given the history
+    so far (a dict per log step) whenever it grows. Raises ParameterError before
     any work for what cannot be; a fault on the way is recorded as ``failed``.
     """
     with presence.alone(run.path, f"run '{run.name}'"), run.stage("02_train_variant"):
         trainer = Trainer(p, source, run.path / "coactivation")
         checkpoint.resume(trainer, run.path / "checkpoints")
+        trainer.watch = watch
         trainer.fit(run.path / "checkpoints")
         sae = trainer.saved(run)
         history = pd.DataFrame(trainer.rows)
@@ -94,6 +97,8 @@ class Trainer:
         self.phases: list[dict[str, Any]] = []
         """Decoder cosines and co-activation at the end of each third."""
         self.phase_ends = phases.ends(self.total_steps) if p.coactivation_window else {}
+        self.watch: Callable[[list[dict[str, float]]], None] | None = None
+        """Told of each row of the history."""
         self.resumed_at: list[int] = []
         """Steps at which the training went on from a checkpoint."""
         self.untrained = measure.heldout(self.sae.folded(source.scale), source.heldout().x, source.scale)
@@ -176,6 +181,8 @@ class Trainer:
         for part in self.ingredients:
             row |= part.log(ctx)
         self.rows.append(row)
+        if self.watch is not None:
+            self.watch(self.rows)
 
     def _end_phase(self, name: str) -> None:
         sae, x = self.sae.folded(self.source.scale), self.source.heldout(self.p.coactivation_window).x

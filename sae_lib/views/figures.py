@@ -69,7 +69,8 @@ def of_training(run: str, result) -> dict[str, go.Figure]:
             "schedules": schedules(result.history, run, text)}
 
 
-def training_curves(history: pd.DataFrame, title: str = "", caption: str = "") -> go.Figure:
+def training_curves(history: pd.DataFrame, title: str = "", caption: str = "", log: bool = True,
+                    x: str = "step") -> go.Figure:
     """Six panels of one run: loss terms, gradient shares, explained variance, L0, dead share, learning rate."""
     titles = ("Loss terms", "Gradient, beside the reconstruction's", "Explained variance (batch)", "L0", "Dead latents",
               "Learning rate")
@@ -82,25 +83,26 @@ def training_curves(history: pd.DataFrame, title: str = "", caption: str = "") -
     for number, term in enumerate(terms):
         for column, col in ((f"loss/{term}", 1), (f"share/{term}", 2)):
             if column in history:
-                fig.add_scatter(x=history.step, y=history[column], mode="lines", line=style(number), name=term,
+                fig.add_scatter(x=history[x], y=history[column], mode="lines", line=style(number), name=term,
                                 legendgroup=term, showlegend=col == 1, row=1, col=col)
     for column, row, col in (("explained_variance", 2, 1), ("l0", 2, 2), ("dead_share", 3, 1), ("lr", 3, 2)):
-        fig.add_scatter(x=history.step, y=history[column], mode="lines", line=style(6), showlegend=False, row=row,
+        fig.add_scatter(x=history[x], y=history[column], mode="lines", line=style(6), showlegend=False, row=row,
                         col=col)
     for limit, text in ((INERT, "inert below"), (DOMINATING, "dominating above")):
-        fig.add_scatter(x=history.step.iloc[[0, -1]], y=[limit, limit], mode="lines+text", showlegend=False,
+        fig.add_scatter(x=history[x].iloc[[0, -1]], y=[limit, limit], mode="lines+text", showlegend=False,
                         text=[text, ""], textposition="top right", textfont={"size": 12, "color": "#555555"},
                         line={"color": GREY, "dash": "dot", "width": 1.5}, row=1, col=2)
-    units = (("Loss per token (log)", "log"), ("Share (log)", "log"), ("Share", "linear"),
+    scale, said = ("log", " (log)") if log else ("linear", "")
+    units = ((f"Loss per token{said}", scale), (f"Share{said}", scale), ("Share", "linear"),
              ("Latents per token", "linear"), ("Share of latents", "linear"), ("Step size", "linear"))
     for number, (unit, kind) in enumerate(units):
         fig.update_yaxes(title=unit, type=kind, row=number // 2 + 1, col=number % 2 + 1)
-    fig.update_xaxes(title="Step", row=3)
-    fig.update_yaxes(dtick=1, row=1)
+    fig.update_xaxes(title="Step" if x == "step" else "Training samples", row=3)
+    fig.update_yaxes(dtick=1 if log else None, row=1)
     fig.update_yaxes(tickformat=".0e", row=3, col=2)
     shares = [v for name in history if name.startswith("share/") for v in history[name].dropna() if v > 0]
-    fig.update_yaxes(range=[np.log10(min([INERT, *shares])) - 0.5, np.log10(max([DOMINATING, *shares])) + 0.7], row=1,
-                     col=2)
+    low, high = np.log10(min([INERT, *shares])) - 0.5, np.log10(max([DOMINATING, *shares])) + 0.7
+    fig.update_yaxes(range=[low, high] if log else [0, 1.1 * max([DOMINATING, *shares])], row=1, col=2)
     _fix_flat(fig, history)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.05, "yanchor": "bottom"})
     return dress(fig, f"Training curves: {title}", caption, height=960, top=130)

@@ -35,19 +35,26 @@ def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: s
     return dress(fig, title, caption, width=1080, height=250 + 44 * len(table), top=110)
 
 
-def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = "") -> go.Figure:
-    """Full absorption of each letter (columns) in each run (rows), mean over seeds; a gap: the letter was dropped."""
-    names = labels(table)
-    means = letters.assign(full_absorption=pd.to_numeric(letters.full_absorption, errors="coerce")).pivot_table(
-        index="run", columns="letter", values="full_absorption", aggfunc="mean")
+MAPS = {"full_absorption": ("Full absorption", "share of words", "lower is better"),
+        "absorption_fraction": ("Absorption fraction", "mean share", "lower is better"),
+        "splits": ("Split latents", "latents", "lower is better")}
+
+
+def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = "",
+                   column: str = "full_absorption") -> go.Figure:
+    """A figure of each letter (columns) in each run (rows), mean over seeds; a gap: the letter was dropped."""
+    names, (label, unit, reading) = labels(table), MAPS[column]
+    means = letters.assign(shown=pd.to_numeric(letters[column], errors="coerce")).pivot_table(
+        index="run", columns="letter", values="shown", aggfunc="mean")
     # Bottom row first: with a categoryarray that turns them, plotly.js writes the numbers on other rows' colours.
     means = means.reindex([run for run in table.run if run in means.index][::-1])
+    text = "%{z:.1f}" if column == "splits" else "%{z:.2f}"
     fig = go.Figure(go.Heatmap(z=means.to_numpy(), x=list(means.columns), y=[names[run] for run in means.index],
-                               colorscale="Cividis", zmin=0, texttemplate="%{z:.2f}", textfont={"size": 10},
-                               colorbar={"title": {"text": "share of words"}}, hoverongaps=False))
+                               colorscale="Cividis", zmin=0, texttemplate=text, textfont={"size": 10},
+                               colorbar={"title": {"text": unit}}, hoverongaps=False))
     fig.update_xaxes(title="First letter", type="category", showgrid=False)
     fig.update_yaxes(automargin=True, type="category")
-    return dress(fig, "Full absorption by letter and run (lower is better)", caption, width=1180,
+    return dress(fig, f"{label} by letter and run ({reading})", caption, width=1180,
                  height=260 + 40 * len(means), top=80)
 
 

@@ -16,8 +16,8 @@ from sae_lib.training.coactivation.loops import CHUNKS, COMPILED, gather
 from sae_lib.training.coactivation.packed import Rows
 from sae_lib.training.measure import passes
 
-LIMIT = 500_000
-"""Pairs that are kept."""
+LIMIT = 20_000_000
+"""Pairs that are kept: all of them but for wide or hardly sparse SAEs."""
 EDGES = np.concatenate([[0.0], np.logspace(-4, 0, 41)])
 """Bins of the overlap |A and B| / |A or B|, the first for what is under 1e-4."""
 

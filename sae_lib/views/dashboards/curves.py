@@ -1,0 +1,106 @@
+"""Training curves: of one run while it trains, of one that is finished, of many beside each other."""
+
+from __future__ import annotations
+
+import time
+
+import ipywidgets as widgets
+import pandas as pd
+
+from sae_lib import runs
+from sae_lib.views import figures, figures_curves
+from sae_lib.views.dashboards.base import Dashboard, dropdown, switch, verdict
+
+AXES = ("samples", "step")
+BUDGET = 0.01
+"""Share of the training's time that drawing may take."""
+
+
+def _smoothing() -> widgets.FloatSlider:
+    return widgets.FloatSlider(value=0.0, min=0, max=0.95, step=0.05, description="smoothing", continuous_update=False,
+                               style={"description_width": "initial"})
+
+
+class RunCurves(Dashboard):
+    """Six panels of one run: loss terms, gradient shares, explained variance, L0, dead share, learning rate."""
+
+    parts = ("curves",)
+
+    def __init__(self, name: str, history: pd.DataFrame, caption: str = "", notices: list[str] = ()):
+        super().__init__(log=True, smoothing=0.0, x=AXES[1])
+        self.name, self.history, self.caption, self.notices = name, history, caption, list(notices)
+        self.spent, self.began = 0.0, time.perf_counter()
+
+    @classmethod
+    def of(cls, run: runs.Run) -> RunCurves:
+        """Of a run's folder. Raises RunError where it has no history."""
+        try:
+            history = pd.read_parquet(run.path / "history.parquet")
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise runs.RunError(f"run '{run.name}': no training history ({type(error).__name__}); it was made elsewhere, "
+                                "or 02 did not end") from None
+        report = run.json("training.json")
+        return cls(run.name, history, figures.caption(run.name, report) if report else "", verdict(run))
+
+    def draw(self, part: str):
+        """The six panels."""
+        if self.history.empty:
+            return figures.training_curves(self.history, self.name, self.caption)
+        shown = figures_curves.smoothed(self.history, self.state["smoothing"])
+        return figures.training_curves(shown, self.name, self.caption, log=self.state["log"], x=self.state["x"])
+
+    def make_controls(self) -> dict[str, widgets.Widget]:
+        """Axes and smoothing."""
+        return {"log": switch(True, "log losses and shares"), "x": dropdown(AXES, self.state["x"], "along"),
+                "smoothing": _smoothing()}
+
+    # -- while it trains -----------------------------------------------------------------------------------------
+
+    def __call__(self, rows: list[dict[str, float]]) -> None:
+        """Draw the history so far, unless drawing has had its share of the time; a trainer's ``watch``.
+
+        A fault in drawing ends the drawing, never the training.
+        """
+        now = time.perf_counter()
+        if self.spent is None or self.spent > BUDGET * (now - self.began):
+            return
+        try:
+            self.history = pd.DataFrame(rows)
+            self.panels["curves"].show(self.draw("curves"))
+            self.spent += time.perf_counter() - now
+        except Exception as error:
+            self.spent = None
+            print(f"live curves stopped ({type(error).__name__}: {error}); training goes on")
+
+    def finish(self, history: pd.DataFrame, caption: str) -> None:
+        """The whole history, once it is there."""
+        self.history, self.caption = history, caption
+        self.set(log=self.state["log"])
+
+
+class Curves(Dashboard):
+    """Several runs: chosen quantities, runs or bands over seeds."""
+
+    parts = ("curves",)
+
+    def __init__(self, histories: dict[str, pd.DataFrame], table: pd.DataFrame, caption: str = ""):
+        self.histories, self.table, self.caption = histories, table, caption
+        self.recorded = figures_curves.quantities(histories.values())
+        first = [name for name in ("loss/reconstruction", "explained_variance", "l0", "dead_share")
+                 if name in self.recorded]
+        super().__init__(shown=tuple(first), x=AXES[0], log=True, smoothing=0.0, bands=True)
+
+    def draw(self, part: str):
+        """A panel per chosen quantity."""
+        state = self.state
+        return figures_curves.curves(self.histories, self.table, list(state["shown"]), state["x"], state["log"],
+                                     state["smoothing"], state["bands"], self.caption)
+
+    def make_controls(self) -> dict[str, widgets.Widget]:
+        """Quantities, axes, smoothing, bands."""
+        options = [(figures_curves.called(name), name) for name in self.recorded]
+        chosen = widgets.SelectMultiple(options=options, value=self.state["shown"], description="show", rows=6,
+                                        layout={"width": "420px"})
+        return {"shown": chosen, "x": dropdown(AXES, self.state["x"], "along"),
+                "log": switch(True, "log losses and shares"), "bands": switch(True, "seeds as bands"),
+                "smoothing": _smoothing()}
