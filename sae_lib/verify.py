@@ -27,7 +27,9 @@ def seal(run: runs.Run, stage: str) -> None:
     """
     begins = stage == "02_train_variant"
     held = (None if begins else run.json("hashes.json")) or {"files": {}, "stages": {}}
-    for path in _files(run.path, (*CLAIMS[stage], "validity.json")):
+    # Of an SAE made elsewhere the first evaluation wrote what training does else.
+    wrote = CLAIMS[stage] if held["stages"] or begins else (*CLAIMS["02_train_variant"], *CLAIMS[stage])
+    for path in _files(run.path, (*wrote, "validity.json")):
         held["files"][path] = runs.sha256(run.path / path)
     made = runs.provenance()
     held["stages"][stage] = {key: made[key] for key in ("written", "library", "packages")}

@@ -12,6 +12,7 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.data import activations, language_model
+from sae_lib.evaluation import latents
 from sae_lib.params import ParameterError
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.foreign import load_foreign
@@ -48,6 +49,7 @@ def bring_in(p: params.Evaluate) -> runs.Run:
         sae.save(run.path / "sae")
         report = _report(load_sae(run.path / "sae"), asked, store) | {"made_elsewhere": made, "notes": notes}
         runs.write_json(run.path / "training.json", report)
+        latents.record(run, store)
         runs.write_json(run.path / "provenance.json", report["provenance"])
     return run
 

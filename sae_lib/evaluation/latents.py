@@ -1,7 +1,7 @@
 """What each latent of a run does: written once when training ends, read by every dashboard.
 
-``latents/codes.npz`` holds the latents of some held-out tokens (scipy CSC, a column per latent), ``tokens.parquet`` those
-tokens, ``latents.parquet`` a row per latent, ``about.json`` what a reader should know. Shapes: T tokens, F latents.
+``latents/codes.npz`` holds the latents of some held-out tokens (scipy CSC, a column per latent), ``tokens.parquet``
+those tokens, ``latents.parquet`` a row per latent, ``about.json`` what a reader should know. T tokens, F latents.
 """
 
 from __future__ import annotations

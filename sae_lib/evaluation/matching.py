@@ -33,8 +33,8 @@ class Match(NamedTuple):
 def match(first: Tensor, second: Tensor) -> Match:
     """Match unit decoder rows (F, D) with (G, D): i and j where each is the other's nearest by cosine.
 
-    A cosine under LEAST makes no pair. Raises RunError where the widths of the model differ. Cosines are in bfloat16 where that is faster; of the pairs found
-    they are computed anew in float32.
+    A cosine under LEAST makes no pair. Raises RunError where the widths of the model differ. Cosines are in bfloat16
+    where that is faster; of the pairs found they are computed anew in float32.
     """
     if first.shape[1] != second.shape[1]:
         raise runs.RunError(f"decoder rows have {first.shape[1]} and {second.shape[1]} dimensions: not of one model")
@@ -56,7 +56,7 @@ def match(first: Tensor, second: Tensor) -> Match:
 
 def overview_difference(one: Snapshot, other: Snapshot, matched: Match, measure: str, cell: np.ndarray,
                         before: tuple[Snapshot | None, Snapshot | None] = (None, None)) -> np.ndarray:
-    """(n, n) mean over a cell's matched pairs in ``one`` less that in ``other``; latents without a partner are left out."""
+    """(n, n) mean over a cell's matched pairs in ``one`` less that in ``other``; who has no partner is left out."""
     own = np.where(matched.partner >= 0, cell, -1)
     theirs = np.full(other.matrix.shape[0], -1, np.int64)
     theirs[matched.partner[matched.partner >= 0]] = cell[matched.partner >= 0]

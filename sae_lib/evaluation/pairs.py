@@ -1,8 +1,8 @@
 """Pairs of latents of one run, as its snapshots keep them: an overview of all, a block around one latent.
 
-Measures: ``count`` n of tokens on which both fire; ``rate`` n / T; ``Jaccard`` n / (n_i + n_j - n); ``lift`` n T / (n_i n_j),
-1 for independent latents; ``decoder cosine``; ``stability`` min / max of a pair's rate at this snapshot and at the one before,
-which is 1 - |c - c'| / max(c, c').
+Measures: ``count`` n of tokens on which both fire; ``rate`` n / T; ``Jaccard`` n / (n_i + n_j - n); ``lift``
+n T / (n_i n_j), 1 for independent latents; ``decoder cosine``; ``stability`` min / max of a pair's rate here and at the
+snapshot before, which is 1 - |c - c'| / max(c, c').
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Snapshot:
 
     @functools.cached_property
     def matrix(self) -> sparse.csr_matrix:
-        """(F, F) int32, upper triangle with each latent's own firings on the diagonal. Raises RunError where damaged."""
+        """(F, F) int32, upper triangle, each latent's own firings on the diagonal. Raises RunError where damaged."""
         try:
             found = sparse.csr_matrix(sparse.load_npz(self.folder / f"{self.name}.npz"))
         except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
@@ -122,7 +122,7 @@ def of_codes(run: runs.Run, codes: sparse.csc_matrix) -> Snapshot:
 
 
 def cells(snapshot: Snapshot, order: str) -> np.ndarray:
-    """(F,) each latent's cell in the overview: latents by number, or by how often they fire, the most frequent first."""
+    """(F,) each latent's cell in the overview: latents by number, or by density, the most frequent first."""
     n_latents = snapshot.matrix.shape[0]
     rank = np.arange(n_latents)
     if order == "density":
@@ -131,9 +131,9 @@ def cells(snapshot: Snapshot, order: str) -> np.ndarray:
 
 
 def overview(snapshot: Snapshot, measure: str, cell: np.ndarray, before: Snapshot | None = None) -> np.ndarray:
-    """(n, n) mean of a measure over each cell's pairs, NaN where a cell has none. ``before`` is stability's other one."""
+    """(n, n) mean of a measure over each cell's pairs, NaN where it has none; ``before`` is stability's other one."""
     n_cells = int(cell.max()) + 1
-    pairs = pooling.mirrored(pooling.pairs_of(cell, n_cells))
+    pairs = pooling.pairs_of(cell, n_cells)
     if measure == "decoder cosine":
         sums = _cosine_sums(snapshot.rows, cell, n_cells)
     elif measure == "stability":

@@ -1,7 +1,7 @@
 """Sums over blocks of a symmetric F x F matrix whose upper triangle is sparse, without the matrix.
 
-An overview of n x n cells has in each the mean of a measure over the cell's pairs i != j. Pairs that never fired together
-have count, rate, Jaccard and lift 0, and count in the mean.
+An overview of n x n cells has in each the mean of a measure over the cell's pairs i != j. Pairs that never fired
+together have count, rate, Jaccard and lift 0, and count in the mean.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def value(measure, both, first, second, tokens):
 def pool(starts, columns, counts, own, tokens, cell, n_cells, measure):
     """(n, n) sums of a measure over the pairs i < j of an upper triangle in CSR, by the cells of i and j.
 
-    ``cell`` (F,) is each latent's place in the overview; a negative one is left out. A sum stands at the lower cell first.
+    ``cell`` (F,) is each latent's place in the overview; a negative one is left out. Sums stand at (lower, higher).
     """
     total = np.zeros((CHUNKS, n_cells, n_cells))
     for chunk in prange(CHUNKS):

@@ -82,7 +82,7 @@ def silent_words(found: Splits, letter: str, seed: int) -> pd.DataFrame:
     ``latent`` projects most of the letter; ``absorbed`` says whether SAEBench counts the word as fully absorbed.
     """
     own = found.words[(found.words.letter == letter) & (found.words.seed == seed)]
-    own = own[[len(acts) > 0 and acts[0] == 0 for acts in own.split_activations]]
+    own = own[np.array([len(acts) > 0 and acts[0] == 0 for acts in own.split_activations], dtype=bool)]
     return pd.DataFrame({"word": own.word.str.strip(), "latent": own.top_latent.astype(int),
                          "cosine with the probe": own.top_cosine.astype(float),
                          "projection": own.top_projection.astype(float),

@@ -84,10 +84,10 @@ def training_curves(history: pd.DataFrame, title: str = "", caption: str = "", l
         for column, col in ((f"loss/{term}", 1), (f"share/{term}", 2)):
             if column in history:
                 fig.add_scatter(x=history[x], y=history[column], mode="lines", line=style(number), name=term,
-                                legendgroup=term, showlegend=col == 1, row=1, col=col)
+                                meta=column, legendgroup=term, showlegend=col == 1, row=1, col=col)
     for column, row, col in (("explained_variance", 2, 1), ("l0", 2, 2), ("dead_share", 3, 1), ("lr", 3, 2)):
         fig.add_scatter(x=history[x], y=history[column], mode="lines", line=style(6), showlegend=False, row=row,
-                        col=col)
+                        meta=column, col=col)
     for limit, text in ((INERT, "inert below"), (DOMINATING, "dominating above")):
         fig.add_scatter(x=history[x].iloc[[0, -1]], y=[limit, limit], mode="lines+text", showlegend=False,
                         text=[text, ""], textposition="top right", textfont={"size": 12, "color": "#555555"},

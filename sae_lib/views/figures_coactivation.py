@@ -15,7 +15,7 @@ LOG = {"overview": ("count", "rate", "Jaccard", "lift"), "block": ("count", "rat
 
 def overview(cells: np.ndarray, measure: str, order: str, n_latents: int, latent: int | None = None,
              place: int | None = None, difference: str = "", title: str = "", caption: str = "") -> go.Figure:
-    """The whole F x F matrix as n x n cells; ``place`` marks the chosen latent's cell, ``difference`` names the other run."""
+    """The whole F x F matrix as n x n cells; ``place`` marks the chosen one, ``difference`` names the other run."""
     per_cell = -(-n_latents // len(cells))
     at = per_cell * np.arange(len(cells)) + (per_cell - 1) / 2
     fig = go.Figure(_heat(cells, at, at, measure, difference, "overview"))
@@ -35,28 +35,24 @@ def overview(cells: np.ndarray, measure: str, order: str, n_latents: int, latent
 
 def block(values: np.ndarray, latents: np.ndarray, density: np.ndarray, strength: np.ndarray, measure: str, latent: int,
           difference: str = "", title: str = "", caption: str = "") -> go.Figure:
-    """A block in cluster order (``latents`` as drawn), beside it each latent's density and its strength with the chosen.
+    """A block in cluster order (``latents`` as drawn), beside it each one's density and strength with the chosen.
 
     ``density`` and ``strength`` are (n,), the strength NaN for the latent itself.
     """
     fig = make_subplots(rows=1, cols=2, column_widths=[0.58, 0.42], horizontal_spacing=0.2)
-    places = np.arange(len(latents))
-    names = np.broadcast_to(latents[None], values.shape), np.broadcast_to(latents[:, None], values.shape)
-    heat = _heat(values, places, places, measure, difference, "block", np.stack(names, -1))
+    names = [str(n) for n in latents]
+    heat = _heat(values, names, names, measure, difference, "block")
     heat.colorbar.update(x=0.475, len=1.0)
     fig.add_trace(heat, 1, 1)
-    step = max(1, len(latents) // 12)
-    ticks = {"tickvals": places[::step], "ticktext": [str(n) for n in latents[::step]], "showgrid": False}
-    fig.update_xaxes(title="Latent (in order of clusters)", tickangle=90, row=1, col=1, constrain="domain", **ticks)
-    fig.update_yaxes(title="Latent", autorange="reversed", scaleanchor="x", constrain="domain", row=1, col=1, **ticks)
+    shared = {"type": "category", "showgrid": False, "constrain": "domain", "nticks": 14, "row": 1, "col": 1}
+    fig.update_xaxes(title="Latent (in order of clusters)", tickangle=90, **shared)
+    fig.update_yaxes(title="Latent", autorange="reversed", scaleanchor="x", **shared)
     own = latents == latent
     fig.add_scatter(x=100 * np.where(density > 0, density, np.nan), y=strength, mode="markers", customdata=latents,
                     showlegend=False, row=1, col=2, marker={"size": 8, "color": COLOURS[0], "opacity": 0.75},
                     hovertemplate="latent %{customdata}<br>density %{x:.3g} %, %{y:.3g}<extra></extra>")
-    middle = np.nanmedian(strength) if np.isfinite(strength).any() else 0.0
-    fig.add_scatter(x=100 * density[own], y=[middle] * int(own.sum()), mode="markers", showlegend=False, row=1, col=2,
-                    marker={"symbol": "line-ns-open", "size": 400, "color": GREY}, name="chosen",
-                    hovertemplate=f"density of latent {latent}<extra></extra>", cliponaxis=True)
+    if own.any() and density[own][0] > 0:
+        fig.add_vline(x=100 * density[own][0], line={"color": GREY, "width": 2}, row=1, col=2)
     fig.update_xaxes(title="Density, % of tokens (log)", type="log", row=1, col=2)
     log = measure in LOG["block"] and not difference
     fig.update_yaxes(title=f"{_capital(measure)} with latent {latent}" + (" (log)" if log else ""),
@@ -70,23 +66,20 @@ def block(values: np.ndarray, latents: np.ndarray, density: np.ndarray, strength
     return dress(fig, name, caption, width=1180, height=600, top=80)
 
 
-def _heat(values, x, y, measure: str, difference: str, kind: str, names=None) -> go.Heatmap:
-    """A heat map with a scale that suits the measure; ``names`` (n, n, 2) of the pair for hovering."""
+def _heat(values, x, y, measure: str, difference: str, kind: str) -> go.Heatmap:
+    """A heat map with a scale that suits the measure; hovering tells the value itself."""
     raw = np.asarray(values, np.float32)
-    hover = "%{x:.0f}, %{y:.0f}: %{customdata:.3g}<extra></extra>"
-    data = raw
-    if names is not None:
-        data, hover = np.concatenate([names.astype(np.float32), raw[..., None]], -1), (
-            "latents %{customdata[0]:.0f}, %{customdata[1]:.0f}: %{customdata[2]:.3g}<extra></extra>")
+    place = "%{x:.0f}, %{y:.0f}" if kind == "overview" else "latents %{x}, %{y}"
+    hover, plain = place + ": %{customdata:.3g}<extra></extra>", place + ": %{z:.3g}<extra></extra>"
     bar = {"title": {"text": UNITS[measure], "side": "right"}, "thickness": 14}
     if difference or measure == "decoder cosine":
         finite = np.abs(raw[np.isfinite(raw)])
         reach = float(np.quantile(finite, 0.999)) if finite.size else 1.0
-        return go.Heatmap(z=raw, x=x, y=y, customdata=data, hovertemplate=hover, colorscale="RdBu", reversescale=True,
+        return go.Heatmap(z=raw, x=x, y=y, hovertemplate=plain, colorscale="RdBu", reversescale=True,
                           zmin=-(reach or 1), zmax=reach or 1, colorbar=bar)
     if measure not in LOG[kind]:
-        return go.Heatmap(z=raw, x=x, y=y, customdata=data, hovertemplate=hover, colorscale="Cividis",
-                          reversescale=True, zmin=0, zmax=1, colorbar=bar)
+        return go.Heatmap(z=raw, x=x, y=y, hovertemplate=plain, colorscale="YlGnBu",
+                          zmin=0, zmax=float(np.nanmax(raw, initial=1e-6)), colorbar=bar)
     with np.errstate(divide="ignore"):
         logs = np.where(raw > 0, np.log10(np.where(raw > 0, raw, 1)), np.nan).astype(np.float32)
     finite = logs[np.isfinite(logs)]
@@ -94,8 +87,8 @@ def _heat(values, x, y, measure: str, difference: str, kind: str, names=None) ->
     low = min(low, high - 0.5)
     ticks = np.arange(np.ceil(low), np.floor(high) + 1) if high - low >= 1.5 else np.linspace(low, high, 4)
     text = [f"{10 ** tick:.2g}" for tick in ticks]
-    return go.Heatmap(z=logs, x=x, y=y, customdata=data, hovertemplate=hover, colorscale="Cividis", reversescale=True,
-                      zmin=low, zmax=high, colorbar=bar | {"tickvals": ticks, "ticktext": text})
+    return go.Heatmap(z=logs, x=x, y=y, customdata=raw, hovertemplate=hover, colorscale="YlGnBu", zmin=low, zmax=high,
+                      colorbar=bar | {"tickvals": ticks, "ticktext": text})
 
 
 def _capital(text: str) -> str:

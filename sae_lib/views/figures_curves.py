@@ -33,8 +33,9 @@ def quantities(histories) -> list[str]:
 def called(name: str) -> str:
     """A recorded quantity as a reader knows it."""
     head, _, rest = name.partition("/")
-    return NAMES.get(name) or {"loss": f"Loss: {rest}", "share": f"Gradient of {rest}, beside the reconstruction's",
-                               "stability": f"Stability of {rest}"}.get(head, f"{head} {rest}".strip())
+    return NAMES.get(name) or {"loss": f"Loss: {rest}", "share": f"Gradient share: {rest}",
+                               "stability": f"Stability of {rest}", "value": f"Schedule: {rest}",
+                               "tracking": f"Tracking, {rest}"}.get(head, f"{head} {rest}".strip())
 
 
 def smoothed(history: pd.DataFrame, weight: float) -> pd.DataFrame:
@@ -72,7 +73,9 @@ def curves(histories: dict[str, pd.DataFrame], table: pd.DataFrame, shown: list[
         at = {"row": place // cols + 1, "col": place % cols + 1}
         logged = log and name.partition("/")[0] in LOGGED
         unit = UNITS.get(name) or {"loss": "Loss per token", "share": "Share"}.get(name.partition("/")[0], "Value")
-        fig.update_yaxes(type="log" if logged else "linear", title=unit + (" (log)" if logged else ""), **at)
+        flat = name in ("l0", "dead_share") or name.startswith("value/")  # no rounding noise blown up
+        fig.update_yaxes(type="log" if logged else "linear", rangemode="tozero" if flat else "normal",
+                         tickformat=".0e" if name == "lr" else None, title=unit + (" (log)" if logged else ""), **at)
     fig.update_xaxes(title="Training samples" if x == "samples" else "Step", row=rows)
     if not any(len(history) for history in histories.values()):
         fig.add_annotation(text="no step was trained", showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5,

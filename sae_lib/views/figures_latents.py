@@ -15,14 +15,14 @@ from sae_lib.views.template import COLOURS, dress, style
 BINS, NEIGHBOURS = 40, 8
 SILENT = "this latent fires on none of the tokens that are kept"
 PANELS = ("Activations where it fires", "In training", "Effect on logits (direct, per unit)",
-          "Nearest by decoder cosine", "Nearest by co-activation (Jaccard)")
+          "Nearest latents by decoder cosine", "Nearest latents by co-activation")
 
 
 def latent(latents: Latents, number: int, history: pd.DataFrame, by_cosine: pd.Series, by_pairs: pd.Series,
            log: bool = False, title: str = "", caption: str = "") -> go.Figure:
     """One latent in five panels; ``by_cosine`` and ``by_pairs`` are strengths by the other latent's number."""
     specs = [[{}, {"secondary_y": True}, {"rowspan": 2}], [{}, {}, None]]
-    fig = make_subplots(rows=2, cols=3, specs=specs, horizontal_spacing=0.115, vertical_spacing=0.22,
+    fig = make_subplots(rows=2, cols=3, specs=specs, horizontal_spacing=0.13, vertical_spacing=0.22,
                         column_widths=[0.34, 0.34, 0.32], subplot_titles=PANELS[:3] + PANELS[3:])
     values = latents.codes.data[slice(*latents.codes.indptr[number:number + 2])]
     counts, edges = np.histogram(values, BINS) if len(values) else (np.zeros(1), np.array([0.0, 1.0]))
@@ -37,8 +37,8 @@ def latent(latents: Latents, number: int, history: pd.DataFrame, by_cosine: pd.S
     fig.update_xaxes(title="Activation", row=1, col=1)
     fig.update_xaxes(title="Cosine", row=2, col=1)
     fig.update_xaxes(title="Jaccard", row=2, col=2)
-    fig.update_yaxes(title="Latent", type="category", row=2, col=1)
-    fig.update_yaxes(title="Latent", type="category", row=2, col=2)
+    fig.update_yaxes(type="category", row=2, col=1)
+    fig.update_yaxes(type="category", row=2, col=2)
     if not len(values):
         caption += f"; {SILENT}"
     fig.update_layout(legend={"orientation": "h", "x": 0.36, "y": 1.06, "yanchor": "bottom"}, bargap=0.25)
@@ -47,13 +47,13 @@ def latent(latents: Latents, number: int, history: pd.DataFrame, by_cosine: pd.S
 
 def _history(fig: go.Figure, history: pd.DataFrame) -> None:
     x = history.step if history.step.notna().all() else history.phase
-    fig.add_scatter(x=x, y=100 * history.density, mode="lines+markers", line=style(1), name="density", row=1, col=2)
-    fig.add_scatter(x=x, y=history.cosine, mode="lines+markers", line=style(6), name="cosine with its last decoder row",
+    fig.add_scatter(x=x, y=100 * history.density, mode="lines+markers", line=style(1), name="density (left)", row=1, col=2)
+    fig.add_scatter(x=x, y=history.cosine, mode="lines+markers", line=style(6), name="cosine with its last decoder row (right)",
                     row=1, col=2, secondary_y=True)
     fig.update_xaxes(title="Step", row=1, col=2)
     fig.update_yaxes(title="Tokens, %", rangemode="tozero", row=1, col=2, secondary_y=False)
-    fig.update_yaxes(title="Cosine", range=[min(0, float(history.cosine.min()) if len(history) else 0), 1.05],
-                     showgrid=False, row=1, col=2, secondary_y=True)
+    fig.update_yaxes(range=[min(0, float(history.cosine.min()) if len(history) else 0), 1.05],
+                     showgrid=False, dtick=0.25, row=1, col=2, secondary_y=True)
 
 
 def _effects(fig: go.Figure, row: pd.Series) -> None:
@@ -111,9 +111,11 @@ def listing(table: pd.DataFrame) -> pd.DataFrame:
     """The latents' table for the page: words in one column, figures rounded."""
     def joined(column):
         return [" ".join(map(shown_plain, words)) for words in column]
-    return pd.DataFrame({"latent": table.latent, "density %": (100 * table.density).round(4),
-                         "mean": table["mean"].round(3), "largest": table.largest.round(3),
-                         "nearest": table.nearest, "cosine": table.nearest_cosine.round(3),
+    def rounded(column, digits=3):
+        return column.astype(float).round(digits)
+    return pd.DataFrame({"latent": table.latent, "density %": rounded(100 * table.density, 4),
+                         "mean": rounded(table["mean"]), "largest": rounded(table.largest),
+                         "nearest": table.nearest, "cosine": rounded(table.nearest_cosine),
                          "fires on": joined(table.tokens), "raises": joined(list(words)[:4] for words in table.raised)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -35,19 +36,22 @@ def split(found: Split, letter: str, title: str = "", caption: str = "") -> go.F
     fig.update_xaxes(title="k", dtick=1, row=1, col=1)
     fig.update_yaxes(title="F1", range=[0, 1.02], row=1, col=1)
     fig.update_xaxes(title="Cosine", row=1, col=2)
-    fig.update_xaxes(type="category", title="Latent", row=1, col=3)
+    fig.update_xaxes(type="category", title="Latent", tickangle=90, row=1, col=3)
+    if np.isnan(found.probe_cosine).all():
+        fig.add_annotation(text="the probe was not kept", showarrow=False, xref="x2 domain", yref="y2 domain", x=0.5,
+                           y=0.5)
     fig.update_yaxes(type="category", autorange="reversed", row=1, col=2, title="Latent, in the probe's order")
     fig.update_yaxes(type="category", autorange="reversed", row=1, col=3)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.1, "yanchor": "bottom"})
     caption += "<br>Blue bars: split latents (one more raised F1 by over 0.03); grey: the others that were tried"
     return dress(fig, f"Letter {letter.upper()}, {found.count} split latent{'s' * (found.count != 1)}: {title}",
-                 caption, width=1180, height=520, top=120)
+                 caption, width=1180, height=560, top=120)
 
 
 def words(table: pd.DataFrame, letter: str, main: int, asked: int, most: int = 40) -> str:
     """The words on which a letter's main latent is silent, as HTML."""
-    head = (f"<b>Words in {letter.upper()} on which latent {main}, the main one, is silent</b>: {len(table)} of {asked} "
-            "that the model's probe knows")
+    head = (f"<b>Words in {letter.upper()} on which latent {main}, the main one, is silent</b>: {len(table)} of "
+            f"{asked} that the model's probe knows")
     if table.empty:
         return f"<p>{head}.</p>"
     said = table.rename(columns={"latent": "strongest latent", "projection": "share of the letter that it carries",

@@ -1,12 +1,14 @@
 """Show a figure to whoever reads: a person in JupyterLab, a batch, or the reader of a shared file.
 
-The runner says which (``mode``); nothing guesses. Files are always written: self-contained HTML, and PNG where a
-Chrome can be found.
+The runner says which (``mode``); nothing guesses. Files are always written: self-contained HTML, and PNG, SVG and PDF
+where a Chrome can be found. A notebook holds pictures of few colours; without a Chrome its figures are HTML that share
+one plotly.js.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import shutil
 import sys
@@ -15,12 +17,13 @@ import threading
 from pathlib import Path
 
 import pandas as pd
+import PIL.Image
 import plotly.graph_objects as go
 from IPython.display import HTML, Image, Markdown, display
 
 from sae_lib import runs
 
-KINDS = ("png", "svg")
+KINDS = ("png", "svg", "pdf")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -29,28 +32,69 @@ def browser() -> str | None:
     return os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def figure(fig: go.Figure, name: str, *, folder: Path, mode: str, live=None) -> None:
-    """Write <folder>/<name>.html and .png and display the figure (live: the widget that ``live()`` makes)."""
-    figures({name: fig}, folder=folder, mode=mode, live=live)
+def figure(fig: go.Figure, name: str, *, folder: Path, mode: str) -> None:
+    """Write <folder>/<name>.html and its pictures, and display the figure."""
+    figures({name: fig}, folder=folder, mode=mode)
 
 
-def figures(named: dict[str, go.Figure], *, folder: Path, mode: str, live=None) -> None:
+def figures(named: dict[str, go.Figure], *, folder: Path, mode: str) -> None:
     """The same for several figures with one start of the browser."""
-    folder = Path(folder)
-    for name, fig in named.items():
-        runs.write_text(folder / f"{name}.html", fig.to_html(include_plotlyjs=True, full_html=True))
-    pictures = _pictures(named, folder)
+    pictures = write(named, folder)
     for name, fig in named.items():
         if mode == "live":
-            display(live() if live else fig)
+            display(fig)
         elif name in pictures:
-            display(Image(filename=pictures[name], width=int(fig.layout.width or 960)))
+            display(Image(data=_few_colours(pictures[name]), width=int(fig.layout.width or 960)))
         else:
-            display(HTML(fig.to_html(include_plotlyjs=True, full_html=False)))
+            display(HTML(_page.html(fig)))
+
+
+def write(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
+    """Files of each figure for who is given them: HTML that needs no network, pictures; the PNGs by name."""
+    for name, fig in named.items():
+        runs.write_text(Path(folder) / f"{name}.html", fig.to_html(include_plotlyjs=True, full_html=True))
+    return _pictures(named, Path(folder))
+
+
+def dashboard(board, name: str, *, folder: Path, mode: str) -> None:
+    """Live: the dashboard. In a batch: the figures of its state, as files <name>_<part> and as pictures."""
+    if mode == "live":
+        return display(board.widget)
+    for note in board.notices:
+        display(Markdown(f"*{note}*"))
+    parts = board.figures()
+    figures({f"{name}_{part}": drawn for part, drawn in parts.items() if not isinstance(drawn, str)}, folder=folder,
+            mode=mode)
+    for drawn in parts.values():
+        if isinstance(drawn, str):
+            display(HTML(drawn))
+    return None
+
+
+class _Page:
+    """The notebook that is being written: plotly.js goes into its first HTML figure alone."""
+
+    loaded = False
+
+    def html(self, fig: go.Figure) -> str:
+        text = fig.to_html(include_plotlyjs=not self.loaded, full_html=False)
+        self.loaded = True
+        return text
+
+
+_page = _Page()
+
+
+def _few_colours(file: Path) -> bytes:
+    """A PNG with a palette of 256 colours: a third of the size, hardly to be told apart."""
+    with PIL.Image.open(file) as picture:
+        held = io.BytesIO()
+        picture.convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(held, "png", optimize=True)
+    return held.getvalue()
 
 
 def _pictures(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
-    """PNG and SVG of each figure; the PNGs by name; none (and a sentence) without a Chrome that draws.
+    """PNG, SVG and PDF of each figure; the PNGs by name; none (and a sentence) without a Chrome that draws.
 
     Never raises, never hangs.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import plotly.graph_objects as go
 import plotly.io as pio
 
@@ -23,13 +25,15 @@ pio.templates["workbook"] = go.layout.Template(layout={
 
 def dress(figure: go.Figure, title: str, caption: str = "", width: int = 960, height: int = 540,
           top: int = 80, side: int = 80) -> go.Figure:
-    """Give a figure the workbook's look, its title, and a caption under the plot."""
-    bottom = 90 + (26 if caption else 0)
+    """Give a figure the workbook's look, its title, and a caption under the plot, wrapped to its width."""
+    lines = [line for part in caption.split("<br>") for line in textwrap.wrap(part, max(20, (width - side) // 7))]
+    caption = "<br>".join(lines)
+    bottom = 90 + (8 + 18 * len(lines) if caption else 0)
     figure.update_layout(template="workbook", title=title, width=width, height=height, margin_b=bottom,
                          margin_t=top, margin_l=side, title_y=1 - 28 / height, title_yanchor="middle")
     if caption:
         figure.add_annotation(text=caption, xref="paper", yref="paper", x=0, y=0, yshift=-(bottom - 14), xanchor="left",
-                              yanchor="bottom", showarrow=False, font={"size": 12, "color": "#555555"})
+                              align="left", yanchor="bottom", showarrow=False, font={"size": 12, "color": "#555555"})
     return figure
 
 

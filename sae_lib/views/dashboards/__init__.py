@@ -6,6 +6,7 @@ In JupyterLab ``dashboards.run("quickstart/smollm2-topk-s42").widget`` shows all
 from __future__ import annotations
 
 import pandas as pd
+from IPython.display import display
 
 from sae_lib import runs
 from sae_lib.views.dashboards.base import Dashboard
@@ -41,14 +42,11 @@ def curves(name: str) -> Dashboard:
     return opened(RunCurves.of, runs.Run(name))
 
 
-def live_curves(name: str, mode: str) -> RunCurves | None:
-    """Training curves to hand to ``trainer.train`` as ``watch``, displayed now; nothing in a batch."""
-    if mode != "live":
-        return None
-    from IPython.display import display
-
+def live_curves(name: str, mode: str) -> RunCurves:
+    """Training curves to hand to ``trainer.train`` as ``watch``: displayed now, or, in a batch, not at all."""
     board = RunCurves(name, pd.DataFrame())
-    display(board.widget)
+    if mode == "live":
+        display(board.widget)
     return board
 
 

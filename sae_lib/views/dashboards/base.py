@@ -16,9 +16,12 @@ import plotly.graph_objects as go
 
 from sae_lib import runs
 from sae_lib.params import ParameterError
+from sae_lib.views.dashboards.figure_widget import FigureWidget
 
 WIDE = widgets.Layout(width="auto", max_width="460px")
 STYLE = {"description_width": "initial"}
+WIDEST = 1040
+"""Pixels that a notebook has beside JupyterLab's sidebar on a laptop."""
 
 
 class Dashboard:
@@ -119,21 +122,26 @@ class Panel:
     """A place for one figure or piece of HTML, which changes in place as long as its traces stay of the same kinds."""
 
     def __init__(self, on_click: Callable[[dict[str, Any]], None]):
-        self.box, self.figure, self.on_click = widgets.VBox([], layout={"width": "100%", "overflow": "auto hidden"}), None, on_click
+        self.box = widgets.VBox([], layout={"width": "100%", "overflow": "auto hidden"})
+        self.figure: FigureWidget | None = None
+        self.on_click = on_click
 
     def show(self, drawn: go.Figure | str) -> None:
         """Put it there."""
         if isinstance(drawn, str):
             self.figure, self.box.children = None, (widgets.HTML(drawn),)
             return
+        drawn.update_layout(width=min(drawn.layout.width or WIDEST, WIDEST))
         kinds = [(trace.type, trace.xaxis if "xaxis" in trace else None) for trace in drawn.data]
         if self.figure is not None and kinds == self.kinds:
             with self.figure.batch_update():
                 for held, new in zip(self.figure.data, drawn.data):
                     held.update(new.to_plotly_json(), overwrite=True)
-                self.figure.layout.update(drawn.layout.to_plotly_json(), overwrite=True)
+                # Not overwritten as a whole: plotly.js would then guess the axes' types anew.
+                self.figure.layout.update(drawn.layout.to_plotly_json())
+                self.figure.layout.annotations, self.figure.layout.shapes = drawn.layout.annotations, drawn.layout.shapes
             return
-        self.figure, self.kinds = go.FigureWidget(drawn), kinds
+        self.figure, self.kinds = FigureWidget(drawn), kinds
         for number, trace in enumerate(self.figure.data):
             trace.on_click(lambda trace, points, _state, number=number: self._click(trace, points, number))
         self.box.children = (self.figure,)

@@ -154,8 +154,7 @@ class Coactivation(WithInspector):
         if part == "overview" and point["trace"] == 0:
             self.set(latent=self.strongest(*point["place"]))
         elif part == "block" and point["trace"] in (0, 1):
-            latent = int(np.ravel(point["customdata"])[1 if point["trace"] == 0 else 0])
-            self.set(latent=latent)
+            self.set(latent=int(point["y"] if point["trace"] == 0 else point["customdata"]))
             self.inspect_chosen()
 
     def strongest(self, row: int, column: int) -> int:

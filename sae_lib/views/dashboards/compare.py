@@ -16,7 +16,8 @@ from sae_lib.views.dashboards.curves import RunCurves
 from sae_lib.views.dashboards.latents import Inspector
 from sae_lib.views.dashboards.splits import FeatureSplits
 
-LETTERS = {"full_absorption": "full absorption", "absorption_fraction": "absorption fraction", "splits": "split latents"}
+LETTERS = {"full_absorption": "full absorption", "absorption_fraction": "absorption fraction",
+           "splits": "split latents"}
 NONE = "no run"
 
 
@@ -37,7 +38,8 @@ class RunTabs:
                        "feature splits": lambda: FeatureSplits(run, others, letter),
                        "training curves": lambda: RunCurves.of(run)}
         self.boards: dict[str, Dashboard] = {}
-        self.widget = widgets.Tab([widgets.VBox() for _ in self.makers], titles=tuple(self.makers), selected_index=start)
+        self.widget = widgets.Tab([widgets.VBox() for _ in self.makers], titles=tuple(self.makers),
+                                  selected_index=start)
         self.widget.observe(lambda change: self.open(change["new"]), "selected_index")
         self.open(start)
 
@@ -86,7 +88,8 @@ class Compare(Dashboard):
 
     @staticmethod
     def _verdict(row) -> str:
-        return row.status + (f": {row.reasons}" if row.reasons else "") + (f" ({row.flags})" if row.flags else "")
+        reasons, flags = row["reasons"], row["flags"]  # a Series has flags of its own
+        return row.status + (f": {reasons}" if reasons else "") + (f" ({flags})" if flags else "")
 
     def make_controls(self) -> dict[str, widgets.Widget]:
         """Axes, the letters' figure, what is shown, and the run to open."""

@@ -37,8 +37,8 @@ class RunCurves(Dashboard):
         try:
             history = pd.read_parquet(run.path / "history.parquet")
         except (OSError, ValueError, NotImplementedError) as error:
-            raise runs.RunError(f"run '{run.name}': no training history ({type(error).__name__}); it was made elsewhere, "
-                                "or 02 did not end") from None
+            raise runs.RunError(f"run '{run.name}': no training history ({type(error).__name__}); it was made "
+                                "elsewhere, or 02 did not end") from None
         report = run.json("training.json")
         return cls(run.name, history, figures.caption(run.name, report) if report else "", verdict(run))
 
@@ -62,19 +62,32 @@ class RunCurves(Dashboard):
         A fault in drawing ends the drawing, never the training.
         """
         now = time.perf_counter()
+        if not self.panels:  # nobody looks
+            return
         if self.spent is None or self.spent > BUDGET * (now - self.began):
             return
         try:
             self.history = pd.DataFrame(rows)
-            self.panels["curves"].show(self.draw("curves"))
+            if len(rows) & (len(rows) - 1) and self.panels["curves"].figure.data:
+                self._extend(self.panels["curves"].figure)
+            else:  # after 1, 2, 4, 8, ... rows the axes and new terms too
+                self.panels["curves"].show(self.draw("curves"))
             self.spent += time.perf_counter() - now
         except Exception as error:
             self.spent = None
             print(f"live curves stopped ({type(error).__name__}: {error}); training goes on")
 
-    def finish(self, history: pd.DataFrame, caption: str) -> None:
-        """The whole history, once it is there."""
-        self.history, self.caption = history, caption
+    def _extend(self, figure) -> None:
+        """Longer lines in the same axes, in a tenth of the time."""
+        shown = figures_curves.smoothed(self.history, self.state["smoothing"])
+        with figure.batch_update():
+            for trace in figure.data:
+                if trace.meta in shown:
+                    trace.update({"x": shown[self.state["x"]].to_numpy(float), "y": shown[trace.meta].to_numpy(float)})
+
+    def finish(self, run: str, result) -> None:
+        """The whole history, once training has ended."""
+        self.history, self.caption = result.history, figures.caption(run, result.report)
         self.set(log=self.state["log"])
 
 

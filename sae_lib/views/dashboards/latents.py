@@ -16,7 +16,7 @@ KINDS = ("strongest", "over the range")
 
 
 class Inspector(Dashboard):
-    """Density, activations, contexts, logits, neighbours and history of a latent; a table to sort, filter and search."""
+    """Density, activations, contexts, logits, neighbours and history of a latent; a table of all of them."""
 
     parts = ("card", "latent", "contexts")
     affects = {"contexts": ("contexts",), "log": ("latent",)}
@@ -75,10 +75,11 @@ class Inspector(Dashboard):
 
         self.listing = ITable(figures.listing(self.held.table), select="single", maxBytes=0, showIndex=False,
                               layout={"top1": "searchBuilder"}, lengthMenu=[8, 25, 100], pageLength=8,
+                              autoWidth=False, columnDefs=[{"width": "30%", "targets": [6, 7]}],
                               classes="display compact", style="width:100%;margin:0")
         self.listing.observe(self._chosen, "selected_rows")
-        help_text = ("<b>All latents</b>: a click on a column's head sorts, <i>Search</i> finds words, <i>Add "
-                     "Condition</i> filters (density % between 0.1 and 1); a click on a row opens the latent.")
+        help_text = ("<b>All latents</b>: the arrows of a column sort, <i>Search</i> finds words, <i>Add Condition</i> "
+                     "filters (density % between 0.1 and 1); a click on a row opens the latent.")
         return [widgets.HTML(help_text), self.listing]
 
     def _chosen(self, change) -> None:
@@ -110,11 +111,11 @@ class WithInspector(Dashboard):
         else:
             self.inspector.set(latent=int(latent))
 
-    def inspect_button(self) -> widgets.Button:
+    def inspect_button(self) -> widgets.Widget:
         """A button that opens the chosen latent, for whom the mouse on a figure is no way."""
         button = widgets.Button(description="inspect latent", layout={"width": "auto"})
         button.on_click(lambda _button: self.inspect_chosen())
-        return button
+        return widgets.HBox([button])
 
     def inspect_chosen(self) -> None:
         """Open the latent of the state; a sentence in the slot where it cannot be."""

@@ -16,6 +16,15 @@ from sae_lib.views.figures import caption
 NONE = "no other run"
 
 
+def _wider(run: runs.Run, others: list[str]) -> str:
+    """The first of the other runs that is valid and wider, else the first that is valid."""
+    def width(name: str) -> int:
+        return (runs.Run(name).json("sae/cfg.json") or {}).get("d_sae", 0)
+
+    valid = [name for name in others if (runs.Run(name).json("validity.json") or {}).get("status") == "valid"]
+    return next((name for name in valid if width(name) > width(run.name)), (valid or [NONE])[0])
+
+
 class FeatureSplits(WithInspector):
     """For a letter, and for a latent beside a wider SAE."""
 
@@ -30,7 +39,7 @@ class FeatureSplits(WithInspector):
         self.letters, self.seeds = sorted(probed.letter.unique()), sorted(int(seed) for seed in probed.seed.unique())
         best = probed.assign(splits=probed.split_latents.map(len)).sort_values("splits", ascending=False)
         letter = letter if letter in self.letters else best.letter.iloc[0]
-        super().__init__(letter=letter, seed=self.seeds[0], latent=0, other=(self.others or [NONE])[0])
+        super().__init__(letter=letter, seed=self.seeds[0], latent=0, other=_wider(run, self.others))
         self.title, self.notices = f"Feature splits in {run.name}", verdict(run)
         self.rows = pairs.Snapshot(run.path / "coactivation", pairs.NAMES[-1], None, run).rows
         self.caption = caption(run.name, run.json("training.json"))
