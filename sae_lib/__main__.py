@@ -14,7 +14,9 @@ OUTPUTS = ("params.yaml", "training.json", "history.parquet", "validity.json", "
            "notebooks/04_letter_absorption.ipynb")
 README_FIGURES = {"progressive": ("phases_by_run",)}
 """The README's pictures by the study that they come from; of every other study:"""
-OTHERWISE = ("training_curves_by_run", "compression_panels", "comparison_table", "letters_by_run")
+OTHERWISE = ("training_curves_by_run", "compression_panels", "comparison_table", "letters_by_run",
+             "coactivation_overview", "coactivation_block")
+OF_THE_FIRST_RUN = ("latents_latent", "splits_split")
 
 
 def check(study: str) -> int:
@@ -42,9 +44,12 @@ def _figure(value) -> str:
 
 def figures(study: str) -> int:
     """Refresh the README's pictures in figures/ from a study's comparison."""
-    source = runs.home() / "runs" / study / "compare" / "figures"
-    for name in README_FIGURES.get(study, OTHERWISE):
-        file = source / f"{name}.png"
+    compared = runs.home() / "runs" / study / "compare" / "figures"
+    files = [compared / f"{name}.png" for name in README_FIGURES.get(study, OTHERWISE)]
+    if study not in README_FIGURES:
+        first = runs.Run(studies.expand(study)[0].name).path / "figures"
+        files += [first / f"{name}.png" for name in OF_THE_FIRST_RUN]
+    for file in files:
         if not file.exists():
             raise runs.RunError(f"{file}: not there; run `snakemake --config study={study}` first")
         with runs.whole(runs.project() / "figures" / file.name) as temporary:

@@ -155,7 +155,9 @@ def test_feature_splits(lab, study):
     options = lab.control("letter").locator("option").all_inner_texts()
     letter = next(text for text in options if not state["title"].startswith(f"Letter {text.upper()}"))
     lab.choose("letter", letter)
-    assert lab.state(f"Letter {letter.upper()}")["data"][0]["y"] != state["data"][0]["y"]
+    after = lab.state(f"Letter {letter.upper()}")
+    assert after["data"][0]["y"] != state["data"][0]["y"]
+    assert {after["axes"][name]["type"] for name in ("yaxis2", "xaxis3", "yaxis3")} == {"category"}
     assert f"Words in {letter.upper()} on which latent" in lab.page.locator(".jp-OutputArea").last.inner_text()
     lab.choose("in run", "no other run")
     lab.page.get_by_text("choose another run of this model").wait_for()

@@ -122,13 +122,16 @@ def test_the_comparison_keeps_invalid_figures_out(workbook):
 
 
 def test_a_person_is_shown_figures_to_move_and_files_are_written_all_the_same(workbook):
-    """mode: live displays plotly figures instead of pictures."""
+    """mode: live displays plotly figures and dashboards instead of pictures."""
     home, _ = workbook
     execute("05_compare", home, home, study="trial", mode="live")
     outputs = [output for cell in nbformat.read(home / "05_compare.ipynb", as_version=4).cells
                for output in cell.get("outputs", [])]
     shown = sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs)
-    assert shown == len(list(home.glob("runs/trial/compare/figures/*.html"))) == 7
+    boards = sum("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
+    parts = ("compare_explore", "curves_curves", "coactivation_overview", "coactivation_block")
+    files = {path.stem for path in home.glob("runs/trial/compare/figures/*.html")}
+    assert boards == 3 and files.issuperset(parts) and shown == len(files) - len(parts) == 7
     assert not any("image/png" in output.get("data", {}) for output in outputs)
 
 

@@ -13,7 +13,7 @@ from sae_lib.evaluation import pairs
 from sae_lib.evaluation.pairs import Snapshot
 from sae_lib.sae import kernels
 
-ROWS, LEAST = 2048, 0.5
+ROWS, LEAST = 512, 0.5
 
 
 class Match(NamedTuple):

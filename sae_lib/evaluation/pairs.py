@@ -52,13 +52,9 @@ class Snapshot:
 
     @functools.cached_property
     def own(self) -> np.ndarray:
-        """(F,) firings of each latent."""
-        return self.matrix.diagonal().astype(np.int64)
-
-    @functools.cached_property
-    def columns(self) -> sparse.csc_matrix:
-        """The same by columns: the partners of lower number."""
-        return self.matrix.tocsc()
+        """(F,) firings of each latent; without reading the pairs where they were noted apart."""
+        noted = None if "matrix" in self.__dict__ else self.about.get("firings")
+        return (self.matrix.diagonal() if noted is None else np.array(noted)).astype(np.int64)
 
     @functools.cached_property
     def rows(self) -> torch.Tensor:
@@ -95,11 +91,11 @@ class Snapshot:
 
     def partners(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
         """Latents that fired with ``latent``, and on how many tokens."""
-        row, column = self.matrix, self.columns
-        later = slice(*row.indptr[latent:latent + 2])
-        earlier = slice(*column.indptr[latent:latent + 2])
-        others = np.concatenate([column.indices[earlier], row.indices[later]])
-        counts = np.concatenate([column.data[earlier], row.data[later]])
+        held = self.matrix
+        later = slice(*held.indptr[latent:latent + 2])
+        earlier = np.flatnonzero(held.indices[:later.start] == latent)  # one pass is quicker than a second order
+        others = np.concatenate([np.searchsorted(held.indptr, earlier, side="right") - 1, held.indices[later]])
+        counts = np.concatenate([held.data[earlier], held.data[later]])
         return others[others != latent], counts[others != latent]
 
 
@@ -221,9 +217,8 @@ def cluster_order(snapshot: Snapshot, chosen: np.ndarray, measure: str) -> np.nd
     return hierarchy.leaves_list(hierarchy.linkage(squareform((apart + apart.T) / 2, checks=False), "average"))
 
 
-def history(run: runs.Run, latent: int) -> pd.DataFrame:
-    """A latent at each snapshot: step, density, cosine of its decoder row with its last one."""
-    found = snapshots(run)
+def history(found: list[Snapshot], latent: int) -> pd.DataFrame:
+    """A latent at each of a run's snapshots: step, density, cosine of its decoder row with its last one."""
     last = next((one.row(latent) for one in reversed(found) if one.has_rows), None)
     rows = [{"phase": one.name, "step": one.step, "density": one.own[latent] / one.tokens,
              "cosine": float(one.row(latent) @ last) if one.has_rows else np.nan} for one in found]

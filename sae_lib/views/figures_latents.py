@@ -47,9 +47,10 @@ def latent(latents: Latents, number: int, history: pd.DataFrame, by_cosine: pd.S
 
 def _history(fig: go.Figure, history: pd.DataFrame) -> None:
     x = history.step if history.step.notna().all() else history.phase
-    fig.add_scatter(x=x, y=100 * history.density, mode="lines+markers", line=style(1), name="density (left)", row=1, col=2)
-    fig.add_scatter(x=x, y=history.cosine, mode="lines+markers", line=style(6), name="cosine with its last decoder row (right)",
-                    row=1, col=2, secondary_y=True)
+    fig.add_scatter(x=x, y=100 * history.density, mode="lines+markers", line=style(1), row=1, col=2,
+                    name="density (left)")
+    fig.add_scatter(x=x, y=history.cosine, mode="lines+markers", line=style(6), row=1, col=2, secondary_y=True,
+                    name="cosine with its last decoder row (right)")
     fig.update_xaxes(title="Step", row=1, col=2)
     fig.update_yaxes(title="Tokens, %", rangemode="tozero", row=1, col=2, secondary_y=False)
     fig.update_yaxes(range=[min(0, float(history.cosine.min()) if len(history) else 0), 1.05],
@@ -75,7 +76,7 @@ def shown(token: str) -> str:
     """A token as a label: what cannot be seen is drawn, markup is text."""
     text = token.replace("\n", "↵").replace("\t", "⇥")
     text = "␣" + text[1:] if text.startswith(" ") else text
-    return html.escape(text if len(text) < 18 else text[:16] + "…").replace("$", "&#36;") or "∅"
+    return html.escape(text if len(text) < 18 else text[:16] + "…", quote=False).replace("$", "&#36;") or "∅"
 
 
 def contexts(found: list[Context], latent: int) -> str:

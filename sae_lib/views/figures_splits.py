@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.evaluation.splits import Split
-from sae_lib.views.template import COLOURS, GREY, dress, style
+from sae_lib.views.template import COLOURS, GREY, as_html, dress, style
 
 
 def split(found: Split, letter: str, title: str = "", caption: str = "") -> go.Figure:
@@ -54,9 +54,9 @@ def words(table: pd.DataFrame, letter: str, main: int, asked: int, most: int = 4
             f"{asked} that the model's probe knows")
     if table.empty:
         return f"<p>{head}.</p>"
-    said = table.rename(columns={"latent": "strongest latent", "projection": "share of the letter that it carries",
+    said = table.rename(columns={"latent": "strongest latent", "projection": "projection on the probe",
                                  "absorbed": "fully absorbed"})
-    text = said.head(most).to_html(index=False, escape=True, float_format=lambda v: f"{v:.3f}", border=0)
+    text = as_html(said.head(most))
     more = f"<p>and {len(table) - most} more</p>" if len(table) > most else ""
     return (f"<p>{head}; carried by <i>{html.escape(_carriers(table))}</i></p>"
             f"<div style='overflow:auto;max-height:320px'>{text}</div>{more}")

@@ -22,6 +22,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML, Image, Markdown, display
 
 from sae_lib import runs
+from sae_lib.views.template import as_html
 
 KINDS = ("png", "svg", "pdf")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -154,10 +155,7 @@ def table(frame: pd.DataFrame) -> None:
     """Display a table, its text escaped, figures to four digits; an empty one says so."""
     if frame.empty:
         return display(Markdown("*none*"))
-    text = frame.to_html(index=False, escape=True, na_rep="–", float_format=lambda v: f"{v:.4g}", border=0,
-                         justify="left", classes="workbook")
-    style = "<style>.workbook td, .workbook th {text-align: left !important; vertical-align: top}</style>"
-    return display(HTML(f"{style}<div style='overflow-x:auto'>{text}</div>"))
+    return display(HTML(f"<div style='overflow-x:auto'>{as_html(frame)}</div>"))
 
 
 def markdown(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
@@ -47,3 +48,10 @@ def mark(number: int, size: int = 12) -> dict:
     turn = number // len(COLOURS)
     symbol = SYMBOLS[(number + turn) % len(SYMBOLS)] + ("-open" if turn % 2 else "")
     return {"size": size, "color": COLOURS[number % len(COLOURS)], "symbol": symbol, "line": {"width": 2 * (turn % 2)}}
+
+
+def as_html(frame: pd.DataFrame) -> str:
+    """A table for a page: its text escaped, figures to four digits, all to the left."""
+    text = frame.to_html(index=False, escape=True, na_rep="–", float_format=lambda v: f"{v:.4g}", border=0,
+                         justify="left", classes="workbook")
+    return f"<style>.workbook td, .workbook th {{text-align: left !important; vertical-align: top}}</style>{text}"

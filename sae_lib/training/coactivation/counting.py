@@ -39,8 +39,10 @@ class Counts(NamedTuple):
         """Write <name>.npz (scipy CSR) and <name>.json, each whole or not at all."""
         with runs.whole(folder / f"{name}.npz") as temporary, temporary.open("wb") as file:
             sparse.save_npz(file, self.pairs)
-        runs.write_json(folder / f"{name}.json", {"tokens": self.tokens, "least": self.least, "pairs_seen": self.seen,
-                                                  "overlap": {"edges": EDGES.tolist(), "pairs": self.overlap.tolist()}})
+        runs.write_json(folder / f"{name}.json", {
+            "tokens": self.tokens, "least": self.least, "pairs_seen": self.seen,
+            "firings": self.pairs.diagonal().tolist(),
+            "overlap": {"edges": EDGES.tolist(), "pairs": self.overlap.tolist()}})
 
 
 def count(codes: CSR, limit: int = LIMIT) -> Counts:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 import plotly.graph_objects as go
 
 from sae_lib import runs
@@ -114,7 +115,11 @@ class Dashboard:
         parts = {part for key in changes for part in self.affects.get(key, self.parts)}
         for part in self.parts:
             if part in parts and part in self.panels:
-                self.panels[part].show(self.drawn(part))
+                try:
+                    self.panels[part].show(self.drawn(part))
+                except Exception as error:  # JupyterLab would keep it to itself
+                    self.panels[part].show(sentence(f"could not be drawn ({type(error).__name__}: {error})"))
+                    raise
         self.answered.append((", ".join(changes), time.perf_counter() - began))
 
 
@@ -135,11 +140,13 @@ class Panel:
         kinds = [(trace.type, trace.xaxis if "xaxis" in trace else None) for trace in drawn.data]
         if self.figure is not None and kinds == self.kinds:
             with self.figure.batch_update():
-                for held, new in zip(self.figure.data, drawn.data):
-                    held.update(new.to_plotly_json(), overwrite=True)
-                # Not overwritten as a whole: plotly.js would then guess the axes' types anew.
-                self.figure.layout.update(drawn.layout.to_plotly_json())
-                self.figure.layout.annotations, self.figure.layout.shapes = drawn.layout.annotations, drawn.layout.shapes
+                for held, new in zip((*self.figure.data, self.figure.layout), (*drawn.data, drawn.layout)):
+                    _assign(held, new.to_plotly_json())
+                for name in drawn.layout:
+                    if name[1:5] == "axis" and drawn.layout[name].type == "category":
+                        # plotly.js guesses types anew where data change, unless they are told with them.
+                        self.figure.layout[name].type = None
+                        self.figure.layout[name].type = "category"
             return
         self.figure, self.kinds = FigureWidget(drawn), kinds
         for number, trace in enumerate(self.figure.data):
@@ -153,6 +160,25 @@ class Panel:
         data = trace.customdata
         own = None if data is None else data[tuple(place)] if isinstance(place, (list, tuple)) else data[place]
         self.on_click({"x": points.xs[0], "y": points.ys[0], "trace": number, "customdata": own, "place": place})
+
+
+def _assign(held, new: dict[str, Any]) -> None:
+    """Give a trace or layout the values of ``new``: only those that differ, and nothing that it had beside."""
+    old = held.to_plotly_json()
+    for key in {*old, *new} - {"uid", "type", "template"}:
+        if not _same(old.get(key), new.get(key)):
+            held[key] = new.get(key)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two properties of a figure are equal, arrays within them too."""
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other) if type(one) is type(other) else False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
 
 
 class Sentence(Dashboard):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import ipywidgets as widgets
 import numpy as np
@@ -16,6 +17,8 @@ from sae_lib.views.dashboards.base import dropdown, number, verdict
 from sae_lib.views.dashboards.latents import WithInspector
 from sae_lib.views.figures import caption
 
+LARGE = 10_000_000
+"""Numbers of a decoder whose latents are matched beside the reader's other work."""
 SIZES, ORDERS, NONE = (32, 64, 128, 256, 512), ("number", "density"), "no other run"
 
 
@@ -27,8 +30,10 @@ class Coactivation(WithInspector):
 
     def __init__(self, run: runs.Run, others: list[str] = (), latent: int | None = None):
         """``others`` are runs that may be subtracted. Raises RunError or ParameterError where pairs cannot be read."""
-        self.run, self.others, self._matches = run, [name for name in others if name != run.name], {}
-        self.snapshots = _snapshots(run)
+        self.run, self.others, self._beside = run, [name for name in others if name != run.name], {}
+        self.snapshots, self.matching = _snapshots(run), {}
+        # What the next controls will ask for is read while the reader looks.
+        self.reading = threading.Thread(target=_read, args=(self.snapshots,), daemon=True)
         self.names = [one.name for one in self.snapshots]
         if latent is None:
             latent = _first(run, self.snapshots[-1])
@@ -39,6 +44,7 @@ class Coactivation(WithInspector):
         if not self.snapshots[-1].matrix.nnz or not self.snapshots[-1].own.any():
             self.notices.append("No latent fires on the tokens that pairs are counted over: there are no pairs.")
         self.caption = caption(run.name, run.json("training.json"))
+        self.reading.start()
 
     # -- what the state means ------------------------------------------------------------------------------------
 
@@ -66,20 +72,37 @@ class Coactivation(WithInspector):
         return kept[place - 1] if place else None
 
     def other(self) -> tuple[pairs.Snapshot, pairs.Snapshot | None, matching.Match] | None:
-        """The other run's snapshot of this moment, the one before it, and the match of latents; None without one."""
+        """The other run's snapshot of this moment, the one before it, and latents as their last decoder rows match."""
         name = self.state["other"]
         if name == NONE:
             return None
-        kept = self._matches.setdefault(name, {})
-        if "snapshots" not in kept:
-            kept["snapshots"] = _snapshots(runs.Run(name))
-        theirs = {one.name: one for one in kept["snapshots"]}
-        moment = self.snapshot.name
+        if name not in self._beside:
+            if self.panels and self.snapshots[-1].rows.numel() > LARGE:  # seconds: not while a reader waits
+                if name not in self.matching:
+                    self.matching[name] = threading.Thread(target=self._match_and_draw, args=(name,), daemon=True)
+                    self.matching[name].start()
+                raise runs.RunError(f"reading {name} and matching its latents; the figure comes by itself")
+            self._match(name)
+        if isinstance(self._beside[name], Exception):
+            raise self._beside[name]
+        kept, matched = self._beside[name]
+        theirs, moment = {one.name: one for one in kept}, self.snapshot.name
         if moment not in theirs:
             raise runs.RunError(f"{name} kept no snapshot '{moment}'")
-        if moment not in kept:
-            kept[moment] = matching.match(self.snapshot.rows, theirs[moment].rows)
-        return theirs[moment], self.before(kept["snapshots"], moment), kept[moment]
+        return theirs[moment], self.before(kept, moment), matched
+
+    def _match(self, name: str) -> None:
+        kept = _snapshots(runs.Run(name))
+        self._beside[name] = kept, matching.match(self.snapshots[-1].rows, kept[-1].rows)
+
+    def _match_and_draw(self, name: str) -> None:
+        try:
+            self._match(name)
+            _read(self._beside[name][0])
+        except (runs.RunError, ParameterError) as error:
+            self._beside[name] = error
+        if self.state["other"] == name:
+            self.set(other=name)
 
     # -- drawing -------------------------------------------------------------------------------------------------
 
@@ -173,6 +196,15 @@ class Coactivation(WithInspector):
 def _snapshots(run: runs.Run) -> list[pairs.Snapshot]:
     """The run's snapshots, or its pairs counted now where it kept none."""
     return pairs.snapshots(run) or [pairs.of_codes(run, latents.read(run).codes)]
+
+
+def _read(kept: list[pairs.Snapshot]) -> None:
+    """Read what the snapshots hold; what cannot be read is said when it is asked for."""
+    for one in reversed(kept):
+        with contextlib.suppress(runs.RunError):
+            one.own, one.matrix  # noqa: B018
+        with contextlib.suppress(runs.RunError):
+            one.rows if one.has_rows else None  # noqa: B018
 
 
 def _first(run: runs.Run, snapshot: pairs.Snapshot) -> int:

@@ -28,8 +28,8 @@ class Inspector(Dashboard):
         super().__init__(latent=int(chosen), contexts=KINDS[0], log=False)
         self.title = f"Latents of {run.name}"
         self.notices = verdict(run) + [note[0].upper() + note[1:] for note in self.held.notes]
-        kept = pairs.snapshots(run)
-        self.snapshot = kept[-1] if kept else pairs.of_codes(run, self.held.codes)
+        self.snapshots = pairs.snapshots(run) or [pairs.of_codes(run, self.held.codes)]
+        self.snapshot = self.snapshots[-1]
         self.caption = caption(run.name, run.json("training.json"))
 
     @property
@@ -45,7 +45,7 @@ class Inspector(Dashboard):
         if part == "contexts":
             found = latents.contexts(self.held, self.latent, spread=self.state["contexts"] == KINDS[1])
             return figures.contexts(found, self.latent)
-        return figures.latent(self.held, self.latent, pairs.history(self.run, self.latent), self.by_cosine(),
+        return figures.latent(self.held, self.latent, pairs.history(self.snapshots, self.latent), self.by_cosine(),
                               self.by_pairs(), self.state["log"], self.run.name, self.caption)
 
     def by_cosine(self, count: int = figures.NEIGHBOURS) -> pd.Series:
