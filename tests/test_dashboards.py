@@ -174,12 +174,15 @@ def test_live_curves_keep_to_their_share_and_never_stop_a_training(capsys):
     board.began -= 1e6
     for step in range(9):
         rows.append({"step": step, **columns})
+        board.last = -1e9
         board(rows)
+    board([*rows, rows[-1]])  # too soon
     assert len(board.panels["curves"].figure.data[0].x) == 9
     board.spent = 1e9
     board([*rows, {"step": 9, **columns}])
     assert len(board.history) == 9
-    board.spent = 0.0
+    board.spent, board.last = 0.0, -1e9
+    board.redrawn = 0
     board([{"nothing": 1}, {"nothing": 2}])
     board(rows)
     assert "live curves stopped" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_lib.metrics import METRICS
-from sae_lib.views.figures_compare import labels, main, why
+from sae_lib.views.figures_compare import labels, main, span, why
 from sae_lib.views.template import GREY, dress, mark
 
 OTHERS = {"d_sae": "Width F", "k": "k", "samples": "Training samples", "seconds": "Training time, s", "seed": "Seed"}
@@ -62,10 +62,13 @@ def explore(table: pd.DataFrame, x: str, y: str, parameters: dict[str, str], dif
     if not drawable:
         fig.add_annotation(text="no run has both figures", showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5,
                            font_size=16)
-    positive = values[kept].x.dropna().gt(0).all()
-    fig.update_xaxes(title=called(x) + _unit(x) + (" (log)" if log and positive else ""),
-                     type="log" if log and positive else "linear")
-    fig.update_yaxes(title=called(y) + _unit(y), automargin=True)
+    drawn = pd.concat([values[kept], rest])
+    logged = log and drawn.x.dropna().gt(0).all()
+    # Differences in the fifth digit should look like it; room for intervals where there are.
+    wide = differences.low.notna().any() if len(differences) else False
+    fig.update_xaxes(title=called(x) + _unit(x) + (" (log)" if logged else ""), type="log" if logged else "linear",
+                     range=None if logged or wide else span(drawn.x))
+    fig.update_yaxes(title=called(y) + _unit(y), automargin=True, range=None if wide else span(drawn.y))
     if (differences.low.notna() if len(differences) else pd.Series(dtype=bool)).any():
         caption += "<br>Bars: 95 % interval of a variant's difference from the baseline, paired by seed, about its mean"
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, hoverlabel_align="left")

@@ -30,8 +30,9 @@ def dress(figure: go.Figure, title: str, caption: str = "", width: int = 960, he
     lines = [line for part in caption.split("<br>") for line in textwrap.wrap(part, max(20, (width - side) // 7))]
     caption = "<br>".join(lines)
     bottom = 90 + (8 + 18 * len(lines) if caption else 0)
-    figure.update_layout(template="workbook", title=title, width=width, height=height, margin_b=bottom,
-                         margin_t=top, margin_l=side, title_y=1 - 28 / height, title_yanchor="middle")
+    # plotly.js guesses an axis' type anew where data change: latents' numbers as names shall stay names.
+    figure.update_layout(template="workbook", autotypenumbers="strict", title=title, width=width, height=height,
+                         margin_b=bottom, margin_t=top, margin_l=side, title_y=1 - 28 / height, title_yanchor="middle")
     if caption:
         figure.add_annotation(text=caption, xref="paper", yref="paper", x=0, y=0, yshift=-(bottom - 14), xanchor="left",
                               align="left", yanchor="bottom", showarrow=False, font={"size": 12, "color": "#555555"})

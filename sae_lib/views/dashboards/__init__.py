@@ -45,6 +45,7 @@ def curves(name: str) -> Dashboard:
 def live_curves(name: str, mode: str) -> RunCurves:
     """Training curves to hand to ``trainer.train`` as ``watch``: displayed now, or, in a batch, not at all."""
     board = RunCurves(name, pd.DataFrame())
+    board.waiting = True
     if mode == "live":
         display(board.widget)
     return board

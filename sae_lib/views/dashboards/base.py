@@ -142,11 +142,6 @@ class Panel:
             with self.figure.batch_update():
                 for held, new in zip((*self.figure.data, self.figure.layout), (*drawn.data, drawn.layout)):
                     _assign(held, new.to_plotly_json())
-                for name in drawn.layout:
-                    if name[1:5] == "axis" and drawn.layout[name].type == "category":
-                        # plotly.js guesses types anew where data change, unless they are told with them.
-                        self.figure.layout[name].type = None
-                        self.figure.layout[name].type = "category"
             return
         self.figure, self.kinds = FigureWidget(drawn), kinds
         for number, trace in enumerate(self.figure.data):

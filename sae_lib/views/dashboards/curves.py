@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import ipywidgets as widgets
 import pandas as pd
+import torch
 
 from sae_lib import runs
 from sae_lib.views import figures, figures_curves
-from sae_lib.views.dashboards.base import Dashboard, dropdown, switch, verdict
+from sae_lib.views.dashboards.base import Dashboard, dropdown, sentence, switch, verdict
 
 AXES = ("samples", "step")
 BUDGET = 0.01
-"""Share of the training's time that drawing may take."""
+"""Share of a training's time that drawing may take in the kernel."""
+EVERY, SHARED = 3.0, 20.0
+"""Seconds between drawings; the second where training works on all cores: a drawing takes the browser half a second of
+one (measured in a Chromium without a graphics card)."""
 
 
 def _smoothing() -> widgets.FloatSlider:
@@ -30,6 +35,8 @@ class RunCurves(Dashboard):
         super().__init__(log=True, smoothing=0.0, x=AXES[1])
         self.name, self.history, self.caption, self.notices = name, history, caption, list(notices)
         self.spent, self.began = 0.0, time.perf_counter()
+        self.last, self.redrawn, self.waiting = -SHARED, 0, False
+        self.every = SHARED if torch.get_num_threads() >= (os.cpu_count() or 1) else EVERY
 
     @classmethod
     def of(cls, run: runs.Run) -> RunCurves:
@@ -44,6 +51,8 @@ class RunCurves(Dashboard):
 
     def draw(self, part: str):
         """The six panels."""
+        if self.history.empty and self.waiting:
+            return sentence("The curves come with the first steps; their controls answer when training has ended.")
         if self.history.empty:
             return figures.training_curves(self.history, self.name, self.caption)
         shown = figures_curves.smoothed(self.history, self.state["smoothing"])
@@ -62,16 +71,18 @@ class RunCurves(Dashboard):
         A fault in drawing ends the drawing, never the training.
         """
         now = time.perf_counter()
-        if not self.panels:  # nobody looks
+        if not self.panels or len(rows) < 2:  # nobody looks, or there is no line yet
             return
-        if self.spent is None or self.spent > BUDGET * (now - self.began):
+        if self.spent is None or self.spent > BUDGET * (now - self.began) or now - self.last < self.every:
             return
         try:
             self.history = pd.DataFrame(rows)
-            if len(rows) & (len(rows) - 1) and self.panels["curves"].figure.data:
+            if len(rows) < 2 * self.redrawn:
                 self._extend(self.panels["curves"].figure)
-            else:  # after 1, 2, 4, 8, ... rows the axes and new terms too
+            else:  # whenever the rows have doubled, the axes and new terms too
                 self.panels["curves"].show(self.draw("curves"))
+                self.redrawn = len(rows)
+            self.last = now
             self.spent += time.perf_counter() - now
         except Exception as error:
             self.spent = None
@@ -87,7 +98,7 @@ class RunCurves(Dashboard):
 
     def finish(self, run: str, result) -> None:
         """The whole history, once training has ended."""
-        self.history, self.caption = result.history, figures.caption(run, result.report)
+        self.history, self.caption, self.waiting = result.history, figures.caption(run, result.report), False
         self.set(log=self.state["log"])
 
 
