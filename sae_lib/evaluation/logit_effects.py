@@ -34,10 +34,10 @@ class Effects(NamedTuple):
 def logit_effects(rows: Tensor, model: LanguageModel, n: int = 10) -> Effects:
     """Effects of decoder ``rows`` (F, D) on the logits of a whole ``model``."""
     unembedding, norm = model.hf.get_output_embeddings().weight, final_norm(model.hf.base_model)
-    rows = rows.float()
+    rows = rows.float().to(unembedding.device)
     if isinstance(norm, nn.LayerNorm):  # it takes the mean away; an RMS norm does not
         rows = rows - rows.mean(1, keepdim=True)
-    rows = (rows * gain(norm, unembedding)).to(unembedding.device, unembedding.dtype)
+    rows = (rows * gain(norm, unembedding)).to(unembedding.dtype)
     parts = []
     for part in rows.split(max(1, CELLS // len(unembedding))):
         logits = (part @ unembedding.T).float()
