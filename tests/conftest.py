@@ -15,9 +15,10 @@ TINY = {"model": "tiny", "layer": 1, "dtype": "float32", "corpus": "tiny", "toke
 def workbook_home(tmp_path_factory):
     """Runs, activations and downloads go to a folder of the session's; one thread, so that figures are repeatable."""
     torch.set_num_threads(1)
-    before = {name: os.environ.get(name) for name in ("SAE_WORKBOOK_HOME", "SAE_WORKBOOK_CACHE")}
+    before = {name: os.environ.get(name) for name in ("SAE_WORKBOOK_HOME", "SAE_WORKBOOK_CACHE", "BROWSER_PATH")}
     home = tmp_path_factory.mktemp("home")
-    os.environ.update(SAE_WORKBOOK_HOME=str(home), SAE_WORKBOOK_CACHE=str(home / "cache"))
+    # Pictures take a browser's start a page; the tests of pictures ask for one.
+    os.environ.update(SAE_WORKBOOK_HOME=str(home), SAE_WORKBOOK_CACHE=str(home / "cache"), BROWSER_PATH="none")
     yield home
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,6 +1,7 @@
 """JupyterLab in a headless Chromium, for tests: notebooks run as a person runs them, figures are read as data."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -29,13 +30,8 @@ STATE = """el => ({title: el._fullLayout.title.text,
  [k, {type: a.type, title: a.title.text, range: a.range}]))})"""
 
 
-def chromium():
-    """The browser, or None: then these tests cannot run, and say so."""
-    try:
-        import playwright  # noqa: F401
-    except ImportError:
-        return None
-    return show.browser()
+CHROME = show.browser() if importlib.util.find_spec("playwright") else None
+"""The browser, or None: then these tests cannot run, and say so."""
 
 
 class Lab:
@@ -57,7 +53,7 @@ class Lab:
              "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
             stdout=self.log, stderr=subprocess.STDOUT, env=env)
         self._wait()
-        self.browser = playwright.chromium.launch(executable_path=chromium(), args=CHROMIUM)
+        self.browser = playwright.chromium.launch(executable_path=CHROME, args=CHROMIUM)
         self.page, self.errors, self.outside = None, [], []
 
     def _wait(self):

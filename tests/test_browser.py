@@ -13,7 +13,7 @@ import pytest
 
 from sae_lib import params, runs
 
-pytestmark = [pytest.mark.skipif(labs.chromium() is None, reason="no Chromium (or playwright): dashboards not tried in "
+pytestmark = [pytest.mark.skipif(labs.CHROME is None, reason="no Chromium (or playwright): dashboards not tried in "
                                  "a browser"), pytest.mark.timeout(600)]
 MEASURES = ("count", "rate", "Jaccard", "lift", "decoder cosine", "stability")
 

@@ -34,13 +34,15 @@ def test_the_lines_of_the_figure_are_the_gate_s():
     assert (figures.INERT, figures.DOMINATING) == (terms.INERT, terms.DOMINATING)
 
 
-def test_html_stands_alone_and_png_is_written_where_a_browser_is(tmp_path):
+def test_html_stands_alone_and_png_is_written_where_a_browser_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("BROWSER_PATH")
     show.figures({"a": go.Figure(go.Scatter(y=[1, 2])), "b": go.Figure()}, folder=tmp_path, mode="batch")
     for name in "ab":
         page = (tmp_path / f"{name}.html").read_text()
         assert not re.search(r"<(script|link|img)[^>]*(src|href)=.?https?:", page) and len(page) > 1_000_000
         if show.browser():
             assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

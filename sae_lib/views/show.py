@@ -29,7 +29,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def browser() -> str | None:
-    """The Chrome that draws PNGs: $BROWSER_PATH, or one on the PATH."""
+    """The Chrome that draws pictures: $BROWSER_PATH (``none`` for none), or one on the PATH."""
+    if os.environ.get("BROWSER_PATH") == "none":
+        return None
     return os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
@@ -103,7 +105,7 @@ def _pictures(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
     """
     path, written = browser(), {}
     if path is None:
-        print("PNG skipped: no Chrome or Chromium found (set BROWSER_PATH to one); the HTML files hold the figures",
+        print("PNG skipped: no Chrome or Chromium (BROWSER_PATH names one, or none); the HTML files hold the figures",
               file=sys.stderr)
     else:
         with tempfile.TemporaryDirectory() as scratch:

@@ -6,6 +6,7 @@ sentence in the place of the figure.
 
 from __future__ import annotations
 
+import functools
 import html
 import time
 from collections.abc import Callable
@@ -40,8 +41,6 @@ class Dashboard:
         """Sentences above everything: the verdict of a run that is no result, what is not known."""
         self.controls: dict[str, widgets.Widget] = {}
         self.panels: dict[str, Panel] = {}
-        self.slot = widgets.VBox([], layout={"width": "100%"})
-        """Where another dashboard opens below."""
         self.answered: list[tuple[str, float]] = []
         """What was changed, and the seconds that the kernel took to answer."""
         self._quiet = False
@@ -62,6 +61,11 @@ class Dashboard:
     def extra(self) -> list[widgets.Widget]:
         """Further widgets, below the controls."""
         return []
+
+    @functools.cached_property
+    def slot(self) -> widgets.VBox:
+        """Where another dashboard opens below; a batch makes no widget, whose state its notebook would hold."""
+        return widgets.VBox([], layout={"width": "100%"})
 
     # -- for everyone --------------------------------------------------------------------------------------------
 
