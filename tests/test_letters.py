@@ -283,7 +283,7 @@ def test_the_page(trained, tmp_path, run, word):
         parameters={"run": f"letters/{run}", "absorption_preset": "smoke", "mode": "batch", "device": "cpu",
                     "threads": 1})
     text = page(out)
-    assert word in text and ("Full absorption" in text) == (run == "first")
+    assert word in text and ("<td>Full absorption</td>" in text) == (run == "first")
     assert (runs.folder_of(f"letters/{run}") / "figures/letter_absorption.html").exists()
     assert "jupyter-widgets" not in out.read_text()  # SAEBench's progress bars
 

@@ -67,10 +67,10 @@ def block(values: np.ndarray, latents: np.ndarray, density: np.ndarray, strength
 
 
 def _heat(values, x, y, measure: str, difference: str, kind: str) -> go.Heatmap:
-    """A heat map with a scale that suits the measure; hovering tells the value itself."""
+    """A heat map with a scale that suits the measure."""
     raw = np.asarray(values, np.float32)
     place = "%{x:.0f}, %{y:.0f}" if kind == "overview" else "latents %{x}, %{y}"
-    hover, plain = place + ": %{customdata:.3g}<extra></extra>", place + ": %{z:.3g}<extra></extra>"
+    power, plain = place + ": 10^%{z:.2f}<extra></extra>", place + ": %{z:.3g}<extra></extra>"
     bar = {"title": {"text": UNITS[measure], "side": "right"}, "thickness": 14}
     if difference or measure == "decoder cosine":
         finite = np.abs(raw[np.isfinite(raw)])
@@ -87,7 +87,7 @@ def _heat(values, x, y, measure: str, difference: str, kind: str) -> go.Heatmap:
     low = min(low, high - 0.5)
     ticks = np.arange(np.ceil(low), np.floor(high) + 1) if high - low >= 1.5 else np.linspace(low, high, 4)
     text = [f"{10 ** tick:.2g}" for tick in ticks]
-    return go.Heatmap(z=logs, x=x, y=y, customdata=raw, hovertemplate=hover, colorscale="YlGnBu", zmin=low, zmax=high,
+    return go.Heatmap(z=logs, x=x, y=y, hovertemplate=power, colorscale="YlGnBu", zmin=low, zmax=high,
                       colorbar=bar | {"tickvals": ticks, "ticktext": text})
 
 

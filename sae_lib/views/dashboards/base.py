@@ -20,7 +20,7 @@ from sae_lib import runs
 from sae_lib.params import ParameterError
 from sae_lib.views.dashboards.figure_widget import FigureWidget
 
-WIDE = widgets.Layout(width="auto", max_width="460px")
+WIDE = {"width": "auto", "max_width": "460px"}
 STYLE = {"description_width": "initial"}
 WIDEST = 1040
 """Pixels that a notebook has beside JupyterLab's sidebar on a laptop."""
