@@ -76,6 +76,8 @@ class Snapshot:
 
     @property
     def _rows_file(self) -> Path:
+        if not self.has_rows:
+            raise runs.RunError(f"{self.run.path}: the decoder of snapshot '{self.name}' was not kept")
         kept = self.folder / f"{self.name}.safetensors"
         return kept if kept.exists() else self.run.path / "sae/sae_weights.safetensors"
 
