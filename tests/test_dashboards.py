@@ -4,10 +4,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 
 from sae_lib import params, runs
 from sae_lib.evaluation import compare, foreign_run, latents, validity
 from sae_lib.training import trainer
+from sae_lib.training.ingredients import load_sae
 from sae_lib.views import dashboards, show
 from sae_lib.views.dashboards import base, figure_widget
 from sae_lib.views.dashboards.curves import RunCurves
@@ -17,6 +19,7 @@ SMALL = {"d_sae": 128, "k": 6, "samples": 12_000, "batch_size": 128, "lr": 2e-3,
 RUNS = {"boards/topk-s1": {}, "boards/topk-s2": {"seed": 2}, "boards/wide-s1": {"d_sae": 192},
         "boards/dead-s1": {"architecture": "standard", "l1": 3000.0, "l1_warmup": 0.0, "lr": 0.02},
         "boards/untrained-s1": {"stop_after_steps": 0}, "boards/onestep-s1": {"samples": 128},
+        "boards/cut-s1": {"stop_after_steps": 40},
         "boards/nan-s1": {"lr": 1e30}}
 KINDS = ("latents", "coactivation", "splits", "curves")
 
@@ -86,6 +89,16 @@ def test_every_dashboard_opens_on_every_run(study, kind, name):
 def test_an_sae_whose_latents_never_fire_says_so(study):
     assert "there are no pairs" in text_of(dashboards.coactivation("boards/nan-s1"))
     assert "fires on none of the tokens" in text_of(dashboards.latents("boards/nan-s1", 3))
+
+
+def test_a_training_that_was_cut_shows_its_last_weights(study):
+    board = dashboards.coactivation("boards/cut-s1")
+    assert board.names == ["early", "late"]
+    weights = load_sae(runs.Run("boards/cut-s1").path / "sae").W_dec
+    rows = torch.nn.functional.normalize(weights, dim=1)
+    np.testing.assert_allclose(board.snapshot.rows, rows, atol=1e-6)
+    near = dashboards.latents("boards/cut-s1", 5).by_cosine(3)
+    np.testing.assert_allclose(near, (rows @ rows[5])[near.index.to_numpy()], atol=1e-6)
 
 
 def test_the_study_s_dashboards(study):

@@ -8,6 +8,7 @@ snapshot before, which is 1 - |c - c'| / max(c, c').
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,12 @@ def snapshots(run: runs.Run) -> list[Snapshot]:
     steps = {entry["phase"]: entry["step"] for entry in (run.json("training.json") or {}).get("phases", [])}
     return [Snapshot(folder, name, steps[name], run) for name in NAMES if name in steps
             if (folder / f"{name}.npz").exists() and (folder / f"{name}.json").exists()]
+
+
+def moments(run: runs.Run, codes: Callable[[], sparse.csc_matrix]) -> list[Snapshot]:
+    """The run's snapshots, the last of them the finished SAE: counted now over its codes where training was cut."""
+    found = snapshots(run)
+    return found if found and found[-1].name == NAMES[-1] else [*found, of_codes(run, codes())]
 
 
 def of_codes(run: runs.Run, codes: sparse.csc_matrix) -> Snapshot:

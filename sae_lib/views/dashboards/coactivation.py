@@ -194,8 +194,8 @@ class Coactivation(WithInspector):
 
 
 def _snapshots(run: runs.Run) -> list[pairs.Snapshot]:
-    """The run's snapshots, or its pairs counted now where it kept none."""
-    return pairs.snapshots(run) or [pairs.of_codes(run, latents.read(run).codes)]
+    """The run's snapshots, the finished SAE's pairs counted now where training did not."""
+    return pairs.moments(run, lambda: latents.read(run).codes)
 
 
 def _read(kept: list[pairs.Snapshot]) -> None:

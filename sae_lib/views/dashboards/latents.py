@@ -28,7 +28,7 @@ class Inspector(Dashboard):
         super().__init__(latent=int(chosen), contexts=KINDS[0], log=False)
         self.title = f"Latents of {run.name}"
         self.notices = verdict(run) + [note[0].upper() + note[1:] for note in self.held.notes]
-        self.snapshots = pairs.snapshots(run) or [pairs.of_codes(run, self.held.codes)]
+        self.snapshots = pairs.moments(run, lambda: self.held.codes)
         self.snapshot = self.snapshots[-1]
         self.caption = caption(run.name, run.json("training.json"))
 
