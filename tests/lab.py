@@ -100,8 +100,10 @@ class Lab:
         return self.page.evaluate_handle(FIND, title).as_element()
 
     def state(self, title: str) -> dict:
-        """Title, traces and axes of a figure, as plotly.js holds them."""
-        return self.plot(title).evaluate(STATE)
+        """Title, traces and axes of a figure as plotly.js holds them; found and read at once, as it may be replaced."""
+        read = self.page.wait_for_function(f"title => {{ const e = ({FIND})(title); return e && ({STATE})(e) }}",
+                                           arg=title, timeout=60_000)
+        return read.json_value()
 
     def changed(self, title: str, before: dict, timeout: float = 20.0) -> dict:
         """The state of a figure once it is another than ``before``."""
