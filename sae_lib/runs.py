@@ -134,6 +134,16 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path}: damaged JSON ({error}); delete it and run its stage again") from None
 
 
+def read_table(path: Path, columns: list[str] | None = None):
+    """Read a parquet file as a DataFrame. Raises RunError naming the file when it is missing or damaged."""
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:  # Arrow raises all of them
+        raise RunError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with Path(path).open("rb") as handle:

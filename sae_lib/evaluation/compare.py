@@ -160,8 +160,8 @@ def _history(name: str) -> pd.DataFrame | None:
 
 
 def _parquet(name: str, file: str, columns: list[str] | None = None) -> pd.DataFrame | None:
-    """A file of a run's, or None where it is missing or damaged (Arrow raises NotImplementedError too)."""
+    """A file of a run's, or None where it is missing or damaged."""
     try:
-        return pd.read_parquet(runs.folder_of(name) / file, columns=columns)
-    except (OSError, ValueError, TypeError, NotImplementedError, params.ParameterError):
+        return runs.read_table(runs.folder_of(name) / file, columns)
+    except (runs.RunError, params.ParameterError):
         return None

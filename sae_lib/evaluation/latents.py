@@ -44,8 +44,7 @@ def record(run: runs.Run, source=None) -> Latents:
     Not an error: a model that cannot be loaded here, which leaves the logits' effects out with a note. Raises RunError
     or ParameterError where the SAE or its activations cannot be read.
     """
-    p = params.check("train", {k: v for k, v in run.params.items() if k in params.Train.model_fields}, "params.yaml")
-    found = _measure(load_sae(run.path / "sae"), source or activations.source(p), p)
+    found = _measure(run, source)
     with runs.whole(run.path / "latents") as temporary:
         temporary.mkdir()
         sparse.save_npz(temporary / "codes.npz", found.codes)
@@ -63,24 +62,25 @@ def read(run: runs.Run) -> Latents:
     try:
         notes = list(runs.read_json(folder / "about.json")["notes"])
         found = Latents(sparse.csc_matrix(sparse.load_npz(folder / "codes.npz")),
-                        pd.read_parquet(folder / "tokens.parquet"), pd.read_parquet(folder / "latents.parquet"), notes)
+                        runs.read_table(folder / "tokens.parquet"), runs.read_table(folder / "latents.parquet"), notes)
         if found.codes.shape != (len(found.tokens), len(found.table)):
             raise ValueError(f"codes of {found.codes.shape}, {len(found.tokens)} tokens, {len(found.table)} latents")
         return found
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (runs.RunError, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise runs.RunError(f"{folder}: damaged ({error}); run 02_train_variant again") from None
 
 
 def _now(run: runs.Run) -> Latents:
     if not run.finished:
         raise runs.RunError(f"run '{run.name}': no SAE in {run.path}; run 02_train_variant first")
-    p = params.check("train", {k: v for k, v in run.params.items() if k in params.Train.model_fields}, "params.yaml")
-    found = _measure(load_sae(run.path / "sae"), activations.source(p), p)
+    found = _measure(run)
     return found._replace(notes=[*found.notes, "computed now: the run keeps no latents/"])
 
 
-def _measure(sae, source, p: params.Train) -> Latents:
-    rows, codes = _codes(sae, source)
+def _measure(run: runs.Run, source=None) -> Latents:
+    p = params.check("train", {k: v for k, v in run.params.items() if k in params.Train.model_fields}, "params.yaml")
+    sae = load_sae(run.path / "sae")
+    rows, codes = _codes(sae, source or activations.source(p))
     held = _columns(codes)
     text, notes = _texts(rows, p)
     tokens = pd.DataFrame({"text": text, "document": rows.document.numpy(), "block": rows.block.numpy(),

@@ -110,6 +110,11 @@ def snapshots(run: runs.Run) -> list[Snapshot]:
             if (folder / f"{name}.npz").exists() and (folder / f"{name}.json").exists()]
 
 
+def last(run: runs.Run) -> Snapshot:
+    """The finished SAE's, whose decoder is the run's own."""
+    return Snapshot(run.path / "coactivation", NAMES[-1], None, run)
+
+
 def moments(run: runs.Run, codes: Callable[[], sparse.csc_matrix]) -> list[Snapshot]:
     """The run's snapshots, the last of them the finished SAE: counted now over its codes where training was cut."""
     found = snapshots(run)
@@ -121,7 +126,7 @@ def of_codes(run: runs.Run, codes: sparse.csc_matrix) -> Snapshot:
     by_token = codes.tocsr()
     made = counting.count(CSR(*(torch.from_numpy(part) for part in (
         by_token.indptr.astype(np.int64), by_token.indices.astype(np.int64), by_token.data)), codes.shape[1]))
-    found = Snapshot(run.path / "coactivation", NAMES[-1], None, run)
+    found = last(run)
     found.matrix, found.about = made.pairs, {"tokens": made.tokens, "least": made.least, "pairs_seen": made.seen}
     return found
 
@@ -228,7 +233,7 @@ def cluster_order(snapshot: Snapshot, chosen: np.ndarray, measure: str) -> np.nd
 
 def history(found: list[Snapshot], latent: int) -> pd.DataFrame:
     """A latent at each of a run's snapshots: step, density, cosine of its decoder row with its last one."""
-    last = next((one.row(latent) for one in reversed(found) if one.has_rows), None)
+    final = next((one.row(latent) for one in reversed(found) if one.has_rows), None)
     rows = [{"phase": one.name, "step": one.step, "density": one.own[latent] / one.tokens,
-             "cosine": float(one.row(latent) @ last) if one.has_rows else np.nan} for one in found]
+             "cosine": float(one.row(latent) @ final) if one.has_rows else np.nan} for one in found]
     return pd.DataFrame(rows, columns=["phase", "step", "density", "cosine"])

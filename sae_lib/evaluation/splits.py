@@ -41,8 +41,8 @@ class Split(NamedTuple):
 def read(run: runs.Run) -> Splits:
     """The letters' and words' tables. Raises RunError where 04 did not run, or could measure nothing."""
     try:
-        found = [pd.read_parquet(run.path / f"evals/absorption_{name}.parquet") for name in ("letters", "words")]
-    except (OSError, ValueError, NotImplementedError):
+        found = [runs.read_table(run.path / f"evals/absorption_{name}.parquet") for name in ("letters", "words")]
+    except runs.RunError:
         raise runs.RunError(f"run '{run.name}': no letters in {run.path / 'evals'}; run 04_letter_absorption, which "
                             "measures no SAE whose weights are not finite") from None
     if not found[0].f1_by_k.notna().any():

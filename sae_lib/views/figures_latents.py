@@ -23,7 +23,7 @@ def latent(latents: Latents, number: int, history: pd.DataFrame, by_cosine: pd.S
     """One latent in five panels; ``by_cosine`` and ``by_pairs`` are strengths by the other latent's number."""
     specs = [[{}, {"secondary_y": True}, {"rowspan": 2}], [{}, {}, None]]
     fig = make_subplots(rows=2, cols=3, specs=specs, horizontal_spacing=0.13, vertical_spacing=0.22,
-                        column_widths=[0.34, 0.34, 0.32], subplot_titles=PANELS[:3] + PANELS[3:])
+                        column_widths=[0.34, 0.34, 0.32], subplot_titles=PANELS)
     values = latents.codes.data[slice(*latents.codes.indptr[number:number + 2])]
     counts, edges = np.histogram(values, BINS) if len(values) else (np.zeros(1), np.array([0.0, 1.0]))
     fig.add_bar(x=(edges[:-1] + edges[1:]) / 2, y=counts, width=np.diff(edges), marker_color=COLOURS[0], row=1, col=1,

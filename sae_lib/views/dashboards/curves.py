@@ -42,10 +42,10 @@ class RunCurves(Dashboard):
     def of(cls, run: runs.Run) -> RunCurves:
         """Of a run's folder. Raises RunError where it has no history."""
         try:
-            history = pd.read_parquet(run.path / "history.parquet")
-        except (OSError, ValueError, NotImplementedError) as error:
-            raise runs.RunError(f"run '{run.name}': no training history ({type(error).__name__}); it was made "
-                                "elsewhere, or 02 did not end") from None
+            history = runs.read_table(run.path / "history.parquet")
+        except runs.RunError as error:
+            raise runs.RunError(f"run '{run.name}': no training history; it was made elsewhere, or 02 did not end "
+                                f"({error})") from None
         report = run.json("training.json")
         return cls(run.name, history, figures.caption(run.name, report) if report else "", verdict(run))
 

@@ -8,8 +8,9 @@ import pandas as pd
 
 from sae_lib import runs
 from sae_lib.evaluation import latents, pairs
+from sae_lib.params import ParameterError
 from sae_lib.views import figures_latents as figures
-from sae_lib.views.dashboards.base import Dashboard, dropdown, number, switch, verdict
+from sae_lib.views.dashboards.base import Dashboard, dropdown, number, sentence, switch, verdict
 from sae_lib.views.figures import caption
 
 KINDS = ("strongest", "over the range")
@@ -119,9 +120,6 @@ class WithInspector(Dashboard):
 
     def inspect_chosen(self) -> None:
         """Open the latent of the state; a sentence in the slot where it cannot be."""
-        from sae_lib.params import ParameterError
-        from sae_lib.views.dashboards.base import sentence
-
         try:
             self.inspect(self.run, self.state["latent"])
         except (runs.RunError, ParameterError) as error:

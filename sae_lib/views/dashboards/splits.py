@@ -41,7 +41,7 @@ class FeatureSplits(WithInspector):
         letter = letter if letter in self.letters else best.letter.iloc[0]
         super().__init__(letter=letter, seed=self.seeds[0], latent=0, other=_wider(run, self.others))
         self.title, self.notices = f"Feature splits in {run.name}", verdict(run)
-        self.rows = pairs.Snapshot(run.path / "coactivation", pairs.NAMES[-1], None, run).rows
+        self.rows = pairs.last(run).rows
         self.caption = caption(run.name, run.json("training.json"))
         self.state["latent"] = self.split().latents[0].item()
         self._others: dict[str, tuple] = {}
@@ -70,8 +70,7 @@ class FeatureSplits(WithInspector):
             run = runs.Run(name)
             if not run.finished:
                 raise runs.RunError(f"run '{name}': no SAE in it")
-            self._others[name] = (pairs.Snapshot(run.path / "coactivation", pairs.NAMES[-1], None, run).rows,
-                                  latents.read(run))
+            self._others[name] = pairs.last(run).rows, latents.read(run)
         if not hasattr(self, "_held"):
             self._held = latents.read(self.run)
         latent = min(self.state["latent"], len(self.rows) - 1)
