@@ -17,7 +17,7 @@ from scipy import stats
 from sae_lib import params, runs
 from sae_lib.metrics import METRICS
 
-TRAINING = ("explained_variance", "mse", "l0", "dead_share", "unused_share", "mean_cos2", "norm_ratio")
+TRAINING = ("explained_variance", "mse", "l0", "dead_share", "idle_share", "unused_share", "mean_cos2", "norm_ratio")
 CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
 LETTERS = ("mean_full_absorption_score", "mean_absorption_fraction_score", "mean_num_split_features")
 FIGURES = TRAINING + CORE + LETTERS

@@ -76,10 +76,14 @@ class SparseAutoencoder(nn.Module):
             ctx.codes = self.architecture.select(ctx.pre_acts, ctx)
         else:
             ctx.codes = self.architecture.encode(ctx, self.kernel)
+        ctx.selected = ctx.codes
         for hook in self.hooks:
             ctx.codes = hook.transform(ctx.codes, ctx)
-        ctx.rows = self.W_dec
+        if self.hooks:
+            ctx.codes = ctx.codes.compact()
+        ctx.decoded, ctx.rows = ctx.codes, self.W_dec
         for hook in self.hooks:
+            ctx.decoded = hook.decoder_codes(ctx.decoded, ctx)
             ctx.rows = hook.decoder_rows(ctx.rows, ctx.codes, ctx)
         ctx.reconstruction = self.architecture.decode(ctx, self.kernel) + self.b_dec
         return ctx
@@ -91,8 +95,12 @@ class SparseAutoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, F) latents to (B, D) activations."""
         rows, codes = self.W_dec, Dense(latents * self.input_scale)
+        ctx, decoded = Context(self, latents, codes=codes, rows=rows), codes
         for hook in self.hooks:
-            rows = hook.decoder_rows(rows, codes, Context(self, latents, codes=codes))
+            decoded = hook.decoder_codes(decoded, ctx)
+            rows = hook.decoder_rows(rows, codes, ctx)
+        if decoded is not codes:
+            latents = decoded.dense() / self.input_scale
         return latents @ rows + self.b_dec / self.input_scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ class FixedK:
         """The same latents with other values (B, K)."""
         return replace(self, values=values)
 
+    def compact(self) -> FixedK:
+        """Itself: a slot whose value is 0 is inactive."""
+        return self
+
     def dense(self) -> Tensor:
         """(B, F) latents."""
         empty = self.values.new_zeros(len(self.values), self.n_latents)
@@ -89,6 +93,16 @@ class CSR:
         """Itself."""
         return self
 
+    def compact(self) -> CSR:
+        """Without entries that are 0."""
+        active = self.values > 0
+        if bool(active.all()):
+            return self
+        counts = torch.zeros(len(self.offsets) - 1, dtype=torch.int64, device=active.device)
+        counts.index_add_(0, self.rows(), active.long())
+        offsets = torch.cat([self.offsets[:1], counts.cumsum(0)])
+        return CSR(offsets, self.indices[active], self.values[active], self.n_latents)
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -105,6 +119,10 @@ class Dense:
     def with_values(self, values: Tensor) -> Dense:
         """Other values (B, F)."""
         return Dense(values)
+
+    def compact(self) -> Dense:
+        """Itself."""
+        return self
 
     def dense(self) -> Tensor:
         """(B, F) latents."""

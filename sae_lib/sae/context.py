@@ -32,13 +32,22 @@ class Context:
     """The stream of random numbers of the ingredient being called."""
     pre_acts: Tensor | None = None
     """(B, F) pre-activations; None on the sparse path, for whoever does not name them in ``needs``."""
+    selected: Codes | None = None
+    """Latents as the architecture selects them, before any ingredient changes them."""
     codes: Codes | None = None
+    """Latents."""
+    decoded: Codes | None = None
+    """What the decoder is given: the codes, unless an ingredient decodes them otherwise."""
+    importance: Tensor | None = None
+    """(B,) weights of the tokens in the loss, 1 on average; None where batches are drawn evenly."""
+    reset: Tensor | None = None
+    """(F,) bool, set by an ingredient after the step: latents whose moments the optimiser forgets."""
     rows: Tensor | None = None
     """(F, D) decoder rows used for this batch."""
     reconstruction: Tensor | None = None
     """(B, D)"""
     own: dict[str, Any] = field(default_factory=dict)
-    """What the architecture keeps of its forward pass for its losses."""
+    """What the architecture keeps of its forward pass for its losses, and ingredients publish for each other."""
 
     @property
     def training(self) -> bool:

@@ -31,6 +31,10 @@ class RowNorms:
         norms = self.norms.to(codes.values)
         return codes.with_values(codes.values * (norms if isinstance(codes, Dense) else norms[codes.indices]))
 
+    def decoder_codes(self, codes: Codes, ctx) -> Codes:
+        """Latents as they are."""
+        return codes
+
     def decoder_rows(self, rows: Tensor, codes: Codes, ctx) -> Tensor:
         """The unit rows as they are."""
         return rows

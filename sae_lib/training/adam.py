@@ -26,18 +26,33 @@ class Adam:
         """Running means of their squares."""
 
     @torch.no_grad()
-    def step(self, lr: float, grad_clip: float) -> float:
-        """One update from the parameters' ``grad``; the norm of all gradients before they were clipped to it."""
+    def step(self, lr: float, grad_clip: float, row_rates: Tensor | None = None) -> float:
+        """One update from the parameters' ``grad``; the norm of all gradients before they were clipped to it.
+
+        ``row_rates`` (F,): factors of the learning rate for the rows (or entries) of parameters that have F of them.
+        """
         norm = sum(self._squares(p, unit) for p, unit in zip(self.parameters, self.unit)) ** 0.5
         self.steps += 1
         scale = min(1.0, grad_clip / (norm + 1e-6))
         for p, unit, first, second in zip(self.parameters, self.unit, self.first, self.second):
             corrected = lr / (1 - BETA1**self.steps), 1 / (1 - BETA2**self.steps)
+            rates = row_rates if row_rates is not None and len(p) == len(row_rates) else None
             if p.device.type == "cpu":
-                _update(*_rows(p, p.grad, first, second), *map(np.float32, (*corrected, scale)), unit)
+                parts = _rows(p, p.grad, first, second)
+                if rates is not None and p.dim() == 1:
+                    parts = [part.T for part in parts]
+                factors = np.ones(1, np.float32) if rates is None else rates.float().numpy()
+                _update(*parts, *map(np.float32, (*corrected, scale)), unit, factors)
             else:
-                _update_by_torch(p, first, second, *corrected, scale, unit)
+                _update_by_torch(p, first, second, *corrected, scale, unit, rates)
         return norm
+
+    @torch.no_grad()
+    def forget(self, latents: Tensor) -> None:
+        """Set the moments of ``latents`` (F,) bool to 0, in every parameter that has F rows (or entries)."""
+        for p, first, second in zip(self.parameters, self.first, self.second):
+            if len(p) == len(latents):
+                first[latents], second[latents] = 0, 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
@@ -76,11 +91,12 @@ def _rows(parameter: Tensor, grad: Tensor, *state: Tensor) -> list[np.ndarray]:
     return [part.numpy() if part.dim() == 2 else part.numpy()[None] for part in parts]
 
 
-def _update_by_torch(p, first, second, rate, second_scale, scale, unit) -> None:
+def _update_by_torch(p, first, second, rate, second_scale, scale, unit, rates) -> None:
     grad = p.grad * scale
     first.lerp_(grad, 1 - BETA1)
     second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-    p.addcdiv_(first, (second * second_scale).sqrt_().add_(EPSILON), value=-rate)
+    moved = first if rates is None else first * rates.view(-1, *[1] * (p.dim() - 1))
+    p.addcdiv_(moved, (second * second_scale).sqrt_().add_(EPSILON), value=-rate)
     if unit:
         torch.nn.functional.normalize(p, dim=1, out=p.data)
 
@@ -99,11 +115,12 @@ def _projected_squares(weights, grad, unit, out):
 
 
 @njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
-def _update(weights, grad, first, second, rate, second_scale, scale, unit):
+def _update(weights, grad, first, second, rate, second_scale, scale, unit, factors):
     one, beta1, beta2, epsilon = np.float32(1), np.float32(BETA1), np.float32(BETA2), np.float32(EPSILON)
     for f in prange(weights.shape[0]):
         w, g, m, v = weights[f], grad[f], first[f], second[f]
         along, total = np.float32(0), np.float32(0)
+        own = rate * (factors[f] if factors.size > 1 else factors[0])
         if unit:
             for d in range(w.size):
                 along += g[d] * w[d]
@@ -111,7 +128,7 @@ def _update(weights, grad, first, second, rate, second_scale, scale, unit):
             used = (g[d] - along * w[d]) * scale
             m[d] = beta1 * m[d] + (one - beta1) * used
             v[d] = beta2 * v[d] + (one - beta2) * used * used
-            w[d] -= rate * m[d] / (np.sqrt(v[d] * second_scale) + epsilon)
+            w[d] -= own * m[d] / (np.sqrt(v[d] * second_scale) + epsilon)
             total += w[d] * w[d]
         if unit:
             short = one / max(np.sqrt(total), np.float32(1e-12))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_lib import params, runs
 
-FORMAT, KEPT = 3, 2
+FORMAT, KEPT = 4, 2
 
 
 def made_with(trainer) -> dict[str, Any]:

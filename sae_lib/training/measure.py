@@ -33,6 +33,13 @@ def heldout(sae: SparseAutoencoder, x: Tensor, scale: float, block: int = 2048) 
             "unused_share": float((~fired).double().mean()), "heldout_tokens": len(x)}
 
 
+def batch_variance(ctx: Context) -> float:
+    """Per token, summed over D: what predicting the batch's mean leaves (weighted where tokens are)."""
+    weight = torch.ones(len(ctx.x), device=ctx.x.device) if ctx.importance is None else ctx.importance
+    mean = (weight[:, None] * ctx.x).sum(0) / weight.sum()
+    return float((weight * (ctx.x - mean).square().sum(1)).sum() / len(ctx.x))
+
+
 def passes(sae: SparseAutoencoder, x: Tensor, block: int = 2048) -> Iterator[Context]:
     """Forward passes of ``sae`` on ``x`` (N, D), activations as the model gives them, ``block`` rows at a time."""
     for part in x.split(block):

@@ -14,7 +14,8 @@ INERT, DOMINATING = 1e-3, 1.0
 
 def loss_terms(ctx: Context, ingredients) -> dict[str, Tensor]:
     """Every term by name, reconstruction first; their sum is the loss."""
-    terms = {"reconstruction": squared_error(ctx.x, ctx.reconstruction), **ctx.sae.architecture.losses(ctx)}
+    terms = {"reconstruction": squared_error(ctx.x, ctx.reconstruction, ctx.importance),
+             **ctx.sae.architecture.losses(ctx)}
     for part in ingredients:
         term = part.penalty(ctx)
         if term is not None:

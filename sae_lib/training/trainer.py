@@ -88,6 +88,12 @@ class Trainer:
         self.sae.architecture.calibrate(self.sae, sample.to(self.device))
         self.lr = p.lr or architecture.default_lr(p.d_sae)
         self.parameters = [part for part in self.sae.parameters() if part.requires_grad]
+        for part in self.ingredients:
+            part.state = {name: value.to(self.device) for name, value in part.state.items()}
+            part.calibrate(self.sae, sample.to(self.device))
+            self.parameters += [part.state[name].requires_grad_() for name in sorted(part.learnt)]
+        self.pool = max((part for part in self.ingredients), key=lambda part: part.pool, default=None)
+        """The ingredient that chooses each batch from a pool of several, if any does."""
         self.optimiser = Adam(self.parameters, unit=[self.sae.W_dec])
         self.silent = torch.zeros(p.d_sae, dtype=torch.int64, device=self.device)
         """(F,) samples since each latent fired."""
@@ -115,7 +121,8 @@ class Trainer:
         p = self.p
         last = self.total_steps if p.stop_after_steps is None else min(self.total_steps, p.stop_after_steps)
         every = max(1, self.total_steps // p.log_points)
-        batches = self.source.batches(p.batch_size, last * p.batch_size, order=p.order, seed=p.seed, start=self.step)
+        drawn = p.batch_size * (self.pool.pool if self.pool else 1)
+        batches = self.source.batches(drawn, last * drawn, order=p.order, seed=p.seed, start=self.step)
         if self.source.reads_ahead and torch.get_num_threads() > 1:  # a single core has nothing to spare
             batches = ahead(batches)
         try:
@@ -143,6 +150,10 @@ class Trainer:
         sae, p = self.sae, self.p
         ctx = Context(sae, batch.x.to(self.device) * self.source.scale, self.step, self.total_steps,
                       dead=self.silent >= p.aux_dead_after, document=batch.document, position=batch.position)
+        if self.pool is not None and self.pool.pool > 1:
+            self._choose(ctx)
+        for part in self.ingredients:
+            part.before_step(ctx)
         sae.run(ctx)
         losses = terms.loss_terms(ctx, self.ingredients)
         total = float(sum(term.detach() for term in losses.values()))
@@ -154,27 +165,44 @@ class Trainer:
         own = sae.architecture.reconstructions
         apart = frozenset(part.name for part in self.ingredients if part.of_rows and ctx.rows is sae.W_dec)
         shares = terms.backward_with_shares(losses, self.parameters, own) if log else terms.backward(losses, apart)
-        for part in self.ingredients:
-            part.on_gradients(sae, ctx)
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        rates = [found for part in self.ingredients if (found := part.row_rates(ctx)) is not None]
+        with torch.no_grad():
+            for part in self.ingredients:
+                part.on_gradients(sae, ctx)
         factor = learning_rate_factor(self.step, self.total_steps, p.warmup_steps, p.lr_decay)
-        norm = self.optimiser.step(self.lr * factor, p.grad_clip)
+        norm = self.optimiser.step(self.lr * factor, p.grad_clip, math.prod(rates) if rates else None)
         with torch.no_grad():
             for part in self.ingredients:
                 part.after_step(sae, ctx)
             sae.architecture.after_step(ctx)
             self.silent += len(ctx.x)
             self.silent[ctx.fired] = 0
+            if ctx.reset is not None:
+                self.optimiser.forget(ctx.reset)
+                self.silent[ctx.reset] = 0
         if log:
             self._record(ctx, losses, shares, norm, self.lr * factor)
         self.step += 1
+
+    def _choose(self, ctx: Context) -> None:
+        """A batch from the pool, drawn with replacement by weight; its loss has the pool's mean as expectation."""
+        weights = self.pool.sampling_weights(ctx.x, self.sae).double()
+        shares = weights / weights.sum()
+        chosen = torch.multinomial(shares.cpu(), self.p.batch_size, True, generator=self.pool.generator).to(self.device)
+        ctx.importance = (1 / (len(ctx.x) * shares[chosen])).float()
+        for name in ("x", "document", "position"):
+            if (rows := getattr(ctx, name)) is not None:
+                setattr(ctx, name, rows[chosen.to(rows.device)])
 
     def _record(self, ctx: Context, losses: dict[str, Tensor], shares: dict[str, float], norm: float, lr: float):
         row = {"step": self.step, "samples": (self.step + 1) * len(ctx.x)}
         row["loss"] = float(sum(term.detach() for term in losses.values()))
         row |= {f"loss/{name}": float(term.detach()) for name, term in losses.items()}
         row |= {f"share/{name}": share for name, share in shares.items()}
-        variance = (ctx.x - ctx.x.mean(0)).square().sum(1).mean()
-        row["explained_variance"] = 1 - row["loss/reconstruction"] / float(variance)
+        row["explained_variance"] = 1 - row["loss/reconstruction"] / measure.batch_variance(ctx)
         row |= {"l0": ctx.codes.l0(), "dead_share": self.dead_share(self.step + 1), "lr": lr, "grad_norm": norm}
         row["samples_per_second"] = self.step * len(ctx.x) / (self.busy + self.waited) if self.step else math.nan
         row |= self.sae.architecture.log()
@@ -195,10 +223,22 @@ class Trainer:
         return (f"loss {last['loss']:.4g}, explained variance {last['explained_variance']:.3f}, "
                 f"L0 {last['l0']:.1f}, dead {last['dead_share']:.1%}")
 
+    def idle(self) -> Tensor:
+        """(F,) bool: latents that ingredients keep from firing (pruned, masked)."""
+        idle = torch.zeros_like(self.silent, dtype=torch.bool)
+        for part in self.ingredients:
+            if (found := part.idle()) is not None:
+                idle |= found.to(idle.device)
+        return idle
+
     def dead_share(self, steps: int) -> float:
-        """Latents without firing in the last ``dead_after`` samples, or in all of ``steps`` steps if fewer."""
+        """Latents without firing in the last ``dead_after`` samples, or in all of ``steps`` steps if fewer.
+
+        Of those that may fire: latents that ingredients keep from it are counted apart, as ``idle_share``.
+        """
         window = min(self.p.dead_after, steps * self.p.batch_size)
-        return float((self.silent >= window).double().mean()) if steps else 1.0
+        dead = (self.silent >= window)[~self.idle()]
+        return float(dead.double().mean()) if steps and len(dead) else 1.0
 
     def saved(self, run: runs.Run) -> SparseAutoencoder:
         """Save the SAE with the activation scale folded back, and return it as read from the file."""
@@ -217,7 +257,8 @@ class Trainer:
         knows = measure.weights(sae, x) | measure.heldout(sae, x, self.source.scale)
         knows["nonfinite"] = self.nonfinite or knows["nonfinite"]
         return {"steps": self.step, "planned_steps": self.total_steps, "samples": self.step * self.p.batch_size,
-                **knows, "dead_share": self.dead_share(self.step),
+                **knows, "dead_share": self.dead_share(self.step), "idle_share": float(self.idle().double().mean()),
+                "measured": {part.name: found for part in self.ingredients if (found := part.measures(sae, x))},
                 "explained_variance_untrained": self.untrained["explained_variance"],
                 "final_loss": {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")},
                 "terms": {name: terms.summary(values) | {"of": "ingredient" if name in named else "architecture"}

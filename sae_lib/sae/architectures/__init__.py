@@ -79,8 +79,8 @@ class Architecture:
         return self.select(kernel.pre_activations(ctx.x, ctx.sae), ctx)
 
     def decode(self, ctx: Context, kernel) -> Tensor:
-        """(B, D) of ``ctx.codes`` and ``ctx.rows``, without the bias."""
-        return kernel.decode(ctx.codes, ctx.rows)
+        """(B, D) of ``ctx.decoded`` and ``ctx.rows``, without the bias."""
+        return kernel.decode(ctx.decoded, ctx.rows)
 
     def losses(self, ctx: Context) -> dict[str, Tensor]:
         """The architecture's own loss terms, weighted, by name."""
@@ -108,8 +108,14 @@ def get(name: str) -> type[Architecture]:
     return REGISTRY[name]
 
 
-def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Squared error summed over D, averaged over B: the reconstruction term of every architecture."""
+def squared_error(x: Tensor, x_hat: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Squared error summed over D, averaged over B: the reconstruction term of every architecture.
+
+    ``importance`` (B,) weighs the tokens; it is data, as ``x`` is.
+    """
+    if importance is not None:
+        root = importance.sqrt()[:, None]
+        x, x_hat = x * root, x_hat * root
     return _SquaredError.apply(x, x_hat)
 
 

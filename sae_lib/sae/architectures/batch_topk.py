@@ -49,7 +49,7 @@ class BatchTopK(TopK):
 
     def after_step(self, ctx: Context) -> None:
         """Move the threshold toward the batch's least active value."""
-        values = ctx.codes.values.detach()
+        values = ctx.selected.values.detach()
         active = values[values > 0]
         if len(active):
             threshold, least = ctx.sae.further["threshold"], active.min()

@@ -63,4 +63,4 @@ def auxiliary_loss(ctx: Context, aux_k: int) -> Tensor:
     sae, dead = ctx.sae, ctx.dead.nonzero()[:, 0]
     codes = sae.kernel.topk(ctx.x, sae, aux_k, only=dead)
     residual = (ctx.x - ctx.reconstruction).detach()
-    return architectures.squared_error(residual, sae.kernel.decode(codes, sae.W_dec[dead]))
+    return architectures.squared_error(residual, sae.kernel.decode(codes, sae.W_dec[dead]), ctx.importance)

@@ -43,21 +43,39 @@ class Ingredient:
     """True where the term depends on ``ctx.rows`` alone: its gradient may then be sparse, and is added in place."""
     changes_forward: ClassVar[bool] = False
     """True where the saved SAE must carry the ingredient to compute what it computed in training."""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Names of ingredients whose work this one reads from ``ctx.own``; they must be listed too, in any order."""
+    learnt: ClassVar[frozenset[str]] = frozenset()
+    """Names of the tensors in ``state`` that the optimiser changes."""
+    pool: int = 1
+    """Batches' worth of activations that ``sampling_weights`` chooses one batch from."""
 
     def __init__(self, config: IngredientConfig, d_in: int, d_sae: int, generator: torch.Generator | None = None):
         self.config, self.d_in, self.d_sae, self.generator = config, d_in, d_sae, generator
+        self.state: dict[str, Tensor] = {}
+        """What a checkpoint (and, where it changes the forward pass, the saved SAE) keeps."""
 
     @classmethod
     def refuses(cls, config: IngredientConfig, p) -> str | None:
         """A sentence why it cannot be used with training parameters ``p``; None where it can."""
         return None
 
+    def calibrate(self, sae: SparseAutoencoder, x: Tensor) -> None:
+        """Adapt to a sample (B, D) of scaled activations, before the first step."""
+
+    def before_step(self, ctx: Context) -> None:
+        """Publish in ``ctx.own`` what others read, before the forward pass of a training step."""
+
     def before_selection(self, pre_acts: Tensor, ctx: Context) -> Tensor:
         """Change pre-activations (B, F): normalisation, gates, masks, winner-take-all."""
         return pre_acts
 
     def transform(self, codes: Codes, ctx: Context) -> Codes:
-        """Change latents."""
+        """Change latents. Entries that become 0 are dropped afterwards."""
+        return codes
+
+    def decoder_codes(self, codes: Codes, ctx: Context) -> Codes:
+        """What the decoder is given for these latents: of the decoder, so no latent changes."""
         return codes
 
     def decoder_rows(self, rows: Tensor, codes: Codes, ctx: Context) -> Tensor:
@@ -74,20 +92,48 @@ class Ingredient:
     def after_step(self, sae: SparseAutoencoder, ctx: Context) -> None:
         """Change weights after the step: prune, re-initialise."""
 
-    def sampling_weights(self, store) -> Tensor | None:
-        """Weights (rows of the store,) for drawing batches; None draws evenly."""
+    def row_rates(self, ctx: Context) -> Tensor | None:
+        """(F,) factors of the learning rate, one for each latent."""
+        return None
+
+    def sampling_weights(self, x: Tensor, sae: SparseAutoencoder) -> Tensor:
+        """Weights (P,) for drawing a batch from ``pool`` batches' worth of activations (P, D), with replacement.
+
+        The loss is reweighted, so that its expectation is the pool's mean.
+        """
+        return torch.ones(len(x), device=x.device)
+
+    def idle(self) -> Tensor | None:
+        """(F,) bool: latents that the ingredient keeps from firing; the gate counts them apart from dead ones."""
         return None
 
     def log(self, ctx: Context) -> dict[str, float]:
-        """Values worth a column in the history."""
+        """Values worth a column in the history: by default those of the schedules that move."""
+        return {f"value/{self.name}.{key}": self.at(key, ctx) for key, schedule in self.schedules().items()
+                if schedule.kind != "constant"}
+
+    def measures(self, sae: SparseAutoencoder, x: Tensor) -> dict[str, Any]:
+        """What is worth knowing at the end, measured on held-out activations (N, D): a part of training.json."""
         return {}
+
+    def at(self, field: str, ctx: Context) -> float:
+        """The value of a scheduled field at this step."""
+        return getattr(self.config, field)(ctx.step, ctx.total_steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps."""
-        return {}
+        return {name: part.detach() for name, part in self.state.items()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Take back what ``state_dict`` gave, into the same tensors (the optimiser holds some of them).
+
+        Raises KeyError or ValueError where it is another ingredient's.
+        """
+        for name, part in self.state.items():
+            if part.shape != state[name].shape:
+                raise ValueError(f"{self.name}.{name} has shape {tuple(state[name].shape)}, not {tuple(part.shape)}")
+            part.copy_(state[name])
 
     def schedules(self) -> dict[str, Schedule]:
         """The configuration's schedules by field."""
@@ -133,6 +179,11 @@ def configured(p) -> list[tuple[type[Ingredient], IngredientConfig]]:
         if refused := kind.refuses(config, p):
             raise ParameterError(f"ingredients: {name}: {refused}")
         found.append((kind, config))
+    listed = {kind.name for kind, _ in found}
+    for kind, _ in found:
+        if missing := sorted(kind.requires - listed):
+            raise ParameterError(f"ingredients: {kind.name} reads what '{missing[0]}' keeps; list that too: "
+                                 f"- {{name: {missing[0]}}}")
     return found
 
 

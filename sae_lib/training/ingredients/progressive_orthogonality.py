@@ -43,7 +43,7 @@ class ProgressiveOrthogonality(Ingredient):
 
     def penalty(self, ctx) -> Tensor | None:
         """The weighted term; its gradient reaches the decoder's directions alone."""
-        weight = self._at("weight", ctx)
+        weight = self.at("weight", ctx)
         if not weight:
             return None
         compete = self._competition(ctx)
@@ -63,17 +63,9 @@ class ProgressiveOrthogonality(Ingredient):
         total = pair_sum(ctx.rows, chunks, compete, through, size)
         return weight * total * ((self.d_sae - 1) / pairs)
 
-    def _at(self, field: str, ctx) -> float:
-        return getattr(self.config, field)(ctx.step, ctx.total_steps)
-
     def _competition(self, ctx):
         if self.config.threshold is None:
             return None
-        tau, scale = self._at("threshold", ctx), self._at("scale", ctx)
+        tau, scale = self.at("threshold", ctx), self.at("scale", ctx)
         temperature = max(tau / 5, 0.005)
         return lambda size: torch.sigmoid((scale * size - tau) / temperature)
-
-    def log(self, ctx) -> dict[str, float]:
-        """The schedules' values."""
-        return {f"value/{self.name}.{key}": schedule(ctx.step, ctx.total_steps)
-                for key, schedule in self.schedules().items()}
