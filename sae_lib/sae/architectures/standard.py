@@ -32,8 +32,6 @@ class Standard(SparsityControl, architectures.Architecture):
 
     def losses(self, ctx: Context) -> dict[str, Tensor]:
         """The sparsity penalty, averaged over tokens."""
-        values = ctx.codes.values
-        if ctx.importance is not None:
-            values = values * (ctx.importance[:, None] if isinstance(ctx.codes, Dense) else
-                               ctx.importance[ctx.codes.rows()])
-        return {"l1": self.weight(ctx.progress) * values.sum() / len(ctx.x)}
+        if ctx.importance is None:  # dense codes need no entries
+            return {"l1": self.weight(ctx.progress) * ctx.codes.values.sum() / len(ctx.x)}
+        return {"l1": self.weight(ctx.progress) * ctx.mean_over_tokens(ctx.codes.csr().values)}

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sae_lib.training.ingredients import Ingredient, IngredientConfig, ingredient
-from sae_lib.training.pair_sum import pair_sum
+from sae_lib.training.pair_sum import mean_over_latents
 from sae_lib.training.schedules import Schedule, Scheduled
 
 
@@ -47,21 +47,15 @@ class ProgressiveOrthogonality(Ingredient):
         if not weight:
             return None
         compete = self._competition(ctx)
-        through = self.config.gradient_through_competition
-        if self.config.pairs == "all":
-            return weight * pair_sum(ctx.rows, None, compete, through, self.config.chunk) / self.d_sae
-        active = ctx.fired.nonzero()[:, 0]
-        if len(active) < 2:
-            return None
-        shuffled = active[torch.randperm(len(active), generator=self.generator).to(active.device)]
-        size = self.config.chunk
-        chunks = [shuffled] if len(active) <= size else shuffled[:len(active) // size * size].split(size)
-        # Two active latents meet in a drawn chunk with probability pairs / (A (A - 1)); dividing by it estimates the
-        # mean over pairs, and F - 1 partners make it the sum over j.
-        chunks = torch.stack(chunks[:self.config.chunks])
-        pairs = chunks.numel() * (chunks.shape[1] - 1)
-        total = pair_sum(ctx.rows, chunks, compete, through, size)
-        return weight * total * ((self.d_sae - 1) / pairs)
+
+        def energy(cos: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:
+            if compete is None:
+                return cos.square(), 2 * cos
+            weighted = compete(cos.abs()) * cos
+            return weighted * cos, 2 * weighted
+        through = self.config.gradient_through_competition and compete is not None
+        term = mean_over_latents(ctx.rows, ctx.fired, self.config, self.generator, energy, by_autograd=through)
+        return None if term is None else weight * term
 
     def _competition(self, ctx):
         if self.config.threshold is None:
