@@ -330,20 +330,20 @@ def test_reinitialised_latents_fire(architecture):
     source = Planted()
     made = trainer.Trainer(p, source)
     with torch.no_grad():
-        made.sae.b_enc[:20] = -100
-        made.sae.W_dec[:20] = torch.eye(32)[:20]
+        made.sae.b_enc[:8] = -100
+        made.sae.W_dec[:8] = torch.eye(32)[:8]
     batches = source.batches(256, 256 * 20)
     for _ in range(11):
         batch = next(batches)
         made.one_step(batch)
-    assert int(made.ingredients[0].state["total"]) >= 20
+    assert int(made.ingredients[0].state["total"]) >= 8
     ctx = made.sae.run(Context(made.sae, batch.x * source.scale, made.step, made.total_steps))
-    assert int(ctx.fired[:20].sum()) >= 18, "they are active on the batch that they came from"
-    assert float(made.optimiser.first[0][:20].abs().max()) == 0
+    assert int(ctx.fired[:8].sum()) >= 7, "they are active on the batch that they came from"
+    assert float(made.optimiser.first[0][:8].abs().max()) == 0
     assert torch.allclose(made.sae.W_dec.norm(dim=1), torch.ones(96), atol=1e-5)
     for batch in batches:
         made.one_step(batch)
-    assert int((made.silent[:20] < 256 * 8).sum()) >= 8
+    assert int((made.silent[:8] < 256 * 8).sum()) >= 5
 
 
 @pytest.mark.parametrize("name", ["contrastive", "winner_take_all", "sparsity_bounds", "diversity", "decorrelation"])

@@ -62,6 +62,7 @@ class Contrastive(Ingredient):
             over = (cos - threshold).relu()
             pull = over if use is None else over * (use[left][:, None] + use[right]) / 2
             return pull * over, 2 * pull
-        rows = ctx.rows @ ctx.own["projection"] if self.config.similarity == "jl" else ctx.rows
-        term = mean_over_latents(rows, ctx.fired, self.config, self.generator, energy)
+        projected = self.config.similarity == "jl"
+        rows = ctx.rows @ ctx.own["projection"] if projected else ctx.rows
+        term = mean_over_latents(rows, ctx.fired, self.config, self.generator, energy, by_autograd=projected)
         return None if term is None else weight * term

@@ -1,8 +1,8 @@
 """Dead latents begin anew, now and then (study 3), from what is badly reconstructed (Bricken et al. 2023, resampling).
 
 Tokens are drawn by their squared error; a dead latent's decoder row becomes the token's residual, its encoder the same
-direction with the live latents' mean norm, and its bias such that it is active on that token: as strong there as the
-token's strongest latent, and on others by how alike they are. Its moments are forgotten.
+direction, of the live latents' mean norm or more, and its bias, which is negative, such that it is as strong on that
+token as the token's strongest latent. Its moments are forgotten.
 """
 
 from __future__ import annotations
@@ -55,9 +55,12 @@ class Reinitialisation(Ingredient):
         alive = torch.ones(self.d_sae, dtype=torch.bool, device=rows.device)
         alive[dead] = False
         sae.W_dec[dead] = rows
-        sae.W_enc[dead] = rows * (sae.W_enc[alive].norm(dim=1).mean() if bool(alive.any()) else 1.0)
-        strength = (sae.W_enc[dead] * (ctx.x[chosen] - sae.b_dec)).sum(1)
-        sae.b_enc[dead] = self._strongest(ctx)[chosen] - strength
+        seen, strength = (rows * (ctx.x[chosen] - sae.b_dec)).sum(1), self._strongest(ctx)[chosen]
+        norm = sae.W_enc[alive].norm(dim=1).mean() if bool(alive.any()) else torch.ones(())
+        # Half as strong again without its bias, so that the bias is negative: it is silent where x is less alike.
+        norm = torch.maximum(norm.to(seen), 1.5 * strength / seen.clamp_min(1e-3 * float(seen.abs().max())))
+        sae.W_enc[dead] = rows * norm[:, None]
+        sae.b_enc[dead] = strength - norm * seen
         self.state["total"] += len(dead)
         ctx.reset = torch.zeros(self.d_sae, dtype=torch.bool, device=rows.device)
         ctx.reset[dead] = True

@@ -19,11 +19,11 @@ from sae_lib.training.schedules import Schedule, Scheduled
 class Config(IngredientConfig):
     """Neighbourhoods, annealing and who wins."""
 
-    size: int = Field(8, ge=2)
+    size: int = Field(64, ge=2)
     """Latents of a neighbourhood."""
     temperature: Scheduled = Schedule(kind="exponential", start=0.5, rate=2.3, finish=0.7)
     """T(p)"""
-    winners: float = Field(0.9, gt=0, le=1)
+    winners: float = Field(0.8, gt=0, le=1)
     """Share of the active latents that shall win."""
     weight: float = Field(0.1, ge=0)
     """Of the competitive loss."""
@@ -40,7 +40,7 @@ class WinnerTakeAll(Ingredient):
 
     def __init__(self, config, d_in, d_sae, generator=None):
         super().__init__(config, d_in, d_sae, generator)
-        self.state = {"gate": torch.zeros(d_sae), "theta": torch.tensor(0.1),
+        self.state = {"gate": torch.zeros(d_sae), "theta": torch.tensor(0.5),
                       "temperature": torch.tensor(config.temperature.start)}
 
     def before_step(self, ctx) -> None:
@@ -80,7 +80,7 @@ class WinnerTakeAll(Ingredient):
         """Move theta towards the wanted share of winners."""
         wins = ctx.own["wins"]
         if len(wins):
-            self.state["theta"] += 0.01 * (wins.float().mean() - self.config.winners)
+            self.state["theta"] += 0.05 * (wins.float().mean() - self.config.winners)
             self.state["theta"].clamp_(0.0, 1.0)
 
     def log(self, ctx) -> dict[str, float]:
