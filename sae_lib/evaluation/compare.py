@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from sae_lib import params, runs, studies
-from sae_lib.evaluation import results
+from sae_lib.evaluation import distributions, results
 
 LETTER_COLUMNS = ["letter", "kept", "full_absorption", "absorption_fraction", "splits"]
 DRAWN = {"step", "samples", "loss/reconstruction", "explained_variance"}
@@ -38,6 +39,10 @@ class Comparison(NamedTuple):
     """What the frontier runs along; where that is a parameter, the table's column ``along`` holds it."""
     parameters: dict[str, str]
     """By run, the parameters that differ from its baseline's, a line each."""
+    sparsity: dict[str, distributions.Sparsity]
+    """Active latents per token and densities, by run."""
+    projections: dict[str, dict[str, Any]]
+    """Quality of a Johnson-Lindenstrauss projection, by run that has one."""
 
 
 def compare(p: params.Compare) -> Comparison:
@@ -62,7 +67,8 @@ def compare(p: params.Compare) -> Comparison:
     apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
     phases = {name: found for name in names if (found := _phases(name))}
     return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
-                      p.frontier, parameters_apart(table, p.baseline))
+                      p.frontier, parameters_apart(table, p.baseline), _each(distributions.sparsity, table),
+                      _each(distributions.projection, table))
 
 
 def parameters_apart(table: pd.DataFrame, baseline: str | None) -> dict[str, str]:
@@ -118,6 +124,11 @@ def _phases(name: str) -> list[dict[str, Any]]:
         return found if fine else []
     except (runs.RunError, params.ParameterError, TypeError, AttributeError):
         return []
+
+
+def _each(measure: Callable[[str], Any], table: pd.DataFrame) -> dict[str, Any]:
+    """Of the runs whose figures are results, those of which there is something."""
+    return {name: found for name in results.results(table).run if (found := measure(name)) is not None}
 
 
 def _export(folder: Path, name: str, frame: pd.DataFrame) -> None:

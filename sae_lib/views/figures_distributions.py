@@ -17,6 +17,13 @@ MOST_PROJECTIONS = 4
 """Runs whose projections are drawn: of equal sizes they lie on each other."""
 
 
+def all_figures(comparison, caption: str = "") -> dict[str, go.Figure]:
+    """By file name: activation sparsity, and the projection's quality where a run has one."""
+    drawn = {"activation_sparsity": sparsity(comparison.sparsity, comparison.table, caption)}
+    return drawn | ({"projection_quality": projection(comparison.projections, caption)} if comparison.projections
+                    else {})
+
+
 def sparsity(found: dict[str, Sparsity], table: pd.DataFrame, caption: str = "") -> go.Figure:
     """Tokens by active latents, and latents by density: a line per run; of each variant the first valid run."""
     fig = make_subplots(rows=1, cols=2, subplot_titles=("Tokens by L0", "Latents by density"),
