@@ -27,7 +27,8 @@ def orthonormal_codes(codes: Codes, rows: Tensor, latents: int, eps: float) -> C
     most = min(latents, int(offsets.diff().max()) if len(offsets) > 1 else 0)
     if not most:
         return codes
-    form = _GramSchmidt.apply if rows.device.type == "cpu" and rows.dtype == torch.float32 else by_torch
+    compiled = rows.device.type == "cpu" and rows.dtype == values.dtype == torch.float32
+    form = _GramSchmidt.apply if compiled else by_torch
     return codes.with_values(form(offsets, indices, values, rows, most, eps).view_as(codes.values))
 
 
@@ -77,7 +78,7 @@ class _GramSchmidt(torch.autograd.Function):
         count, size = len(offsets) - 1, -(-most // ROWS) * ROWS
         places = torch.empty(count, most, dtype=torch.int64)
         latents = torch.full((count, size), len(rows))
-        inverse, codes = torch.zeros(count, size, size), values.clone()
+        inverse, codes = torch.empty(count, size, size), values.clone()
         loops.forward(*(part.contiguous().numpy() for part in (offsets, indices, values, rows)), np.float32(eps),
                       places.numpy(), latents.numpy(), inverse.numpy(), codes.numpy())
         ctx.save_for_backward(values, rows, places, latents, inverse)

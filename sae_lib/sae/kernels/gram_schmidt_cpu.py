@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from sae_lib.sae.kernels.tile import ROWS, WIDTH, add_tile, empty_rows
+from sae_lib.sae.kernels.tile import LANES, ROWS, WIDTH, add_tile, empty_rows
 
 COMPILED = {"nogil": True, "cache": True, "fastmath": {"contract", "reassoc", "nsz"}}
 TOKENS = 16
@@ -68,26 +68,23 @@ def _products(W, own, i, j, gram):
 
 
 @njit(**COMPILED)
-def _invert(gram, n, eps, inverse):
-    """L^-1 for G + eps I = L L^T, from G's upper triangle (which becomes L^T)."""
+def _invert(both, n, eps, inverse):
+    """L^-1 for G + eps I = L L^T, by elimination on ``both`` = [G | I] (size, 2 size), of G the upper triangle."""
+    size = both.shape[0]
     for k in range(n):
-        # No pivot is under eps but by rounding.
-        short = np.float32(1) / np.sqrt(max(gram[k, k] + eps, eps))
-        pivot = gram[k, k:n]
-        for j in range(1, pivot.size):
-            pivot[j] *= short
-        pivot[0] = short
+        # What step k reads and changes, from its pivot's vector on: entries before it are no longer, or not yet, used.
+        start = k - k % LANES
+        stop = min(start + size + LANES, 2 * size)
+        top = both[k, start:stop]
+        short = np.float32(1) / np.sqrt(max(both[k, k] + eps, eps))  # under eps by rounding alone
+        for j in range(top.size):
+            top[j] *= short
         for i in range(k + 1, n):
-            factor, row, top = gram[k, i], gram[i, i:n], gram[k, i:n]
+            factor, row = both[k, i], both[i, start:stop]
             for j in range(row.size):
                 row[j] -= factor * top[j]
-    for i in range(n):
-        own, short = inverse[i], gram[i, i]
-        for k in range(i):
-            factor, above = gram[k, i] * short, inverse[k, :k + 1]
-            for j in range(above.size):
-                own[j] -= factor * above[j]
-        own[i] = short
+        for j in range(size):
+            inverse[k, j] = both[k, size + j]
 
 
 @njit(parallel=True, **COMPILED)
@@ -96,7 +93,7 @@ def forward(offsets, indices, values, W, eps, places, latents, inverse, codes):
     count, most = places.shape
     size = latents.shape[1]
     for block in prange((count + TOKENS - 1) // TOKENS):
-        gram, own, c = np.empty((size, size), np.float32), np.empty(size, np.int64), np.empty(size, np.float32)
+        both, own, c = np.empty((size, 2 * size), np.float32), np.empty(size, np.int64), np.empty(size, np.float32)
         for b in range(block * TOKENS, min(count, (block + 1) * TOKENS)):
             n = _choose(values, indices, offsets[b], offsets[b + 1], places[b])
             for i in range(n):
@@ -104,10 +101,13 @@ def forward(offsets, indices, values, W, eps, places, latents, inverse, codes):
             for i in range(size):
                 own[i] = latents[b, max(0, min(i, n - 1))]
                 c[i] = 0
+            both[:] = 0
+            for i in range(n):
+                both[i, size + i] = 1
             for i in range(0, n, 4):
                 for j in range(i, n, 4):
-                    _products(W, own, i, j, gram)
-            _invert(gram, n, eps, inverse[b])
+                    _products(W, own, i, j, both)
+            _invert(both, n, eps, inverse[b])
             for i in range(n):
                 f, row = values[places[b, i]], inverse[b, i]
                 for j in range(i + 1):

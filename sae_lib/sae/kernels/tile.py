@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-LANES, VECTORS, ROWS = 16, 2, 8
+LANES, VECTORS, ROWS = 16, 3, 8
 WIDTH = LANES * VECTORS
 """Columns of a tile: the row length of the matrices that it reads and writes."""
 FLOAT, INT64, VECTOR = ir.FloatType(), ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
