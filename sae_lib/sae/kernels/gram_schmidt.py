@@ -62,7 +62,7 @@ def by_torch(offsets: Tensor, indices: Tensor, values: Tensor, rows: Tensor, mos
     f = values[entries] * taken
     own = rows[indices[entries]] * taken[..., None]
     # A missing latent has a row of zeros and a 1 on the diagonal: it meets no other and its code is 0.
-    gram = own @ own.mT + torch.diag_embed(torch.where(taken, eps, 1.0).to(rows.dtype))
+    gram = own @ own.mT + torch.diag_embed(torch.where(taken, rows.new_tensor(eps), 1.0))
     lower = torch.linalg.cholesky(gram)
     c = torch.linalg.solve_triangular(lower.mT, f[..., None].to(rows.dtype), upper=True)[..., 0]
     return values.index_put((entries[taken],), c[taken].to(values.dtype))

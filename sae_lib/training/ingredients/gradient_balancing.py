@@ -1,8 +1,8 @@
 """Gradient balancing (study 3, run 6): latents with small gradients learn as those with large ones do.
 
-Each row of the encoder's and of the decoder's gradient is multiplied by (mean / (norm + eps)) ** strength, the mean over
-the rows of the same matrix that have a gradient. Adam divides by the running size of each entry, so what lasts of it
-is the balance between a latent's busy and its quiet batches, and between latents where gradients are clipped.
+Each row of the encoder's and of the decoder's gradient is multiplied by (mean / (norm + eps)) ** strength, the mean
+over the rows of the same matrix that have a gradient. Adam divides by the running size of each entry, so what lasts
+of it is the balance between a latent's busy and its quiet batches, and between latents where gradients are clipped.
 """
 
 from __future__ import annotations
