@@ -37,13 +37,18 @@ def project(gradient: Tensor, rows: Tensor, neighbours: Tensor) -> float:
         before, after = squares.sum(0)
         return 1 - after / before if before else 0.0
     before = float(gradient.square().sum())
+    project_by_torch(gradient, rows, neighbours)
+    return 1 - float(gradient.square().sum()) / before if before else 0.0
+
+
+def project_by_torch(gradient: Tensor, rows: Tensor, neighbours: Tensor) -> None:
+    """The same by torch's batched operations, for other devices than a CPU."""
     for start in range(0, len(rows), BLOCK):
         part, own = gradient[start:start + BLOCK], rows[start:start + BLOCK, None]
         basis = torch.cat([own, rows[neighbours[start:start + BLOCK]]], 1)
         inverse = torch.linalg.pinv((basis @ basis.mT).double(), rtol=DEPENDENT, hermitian=True).to(part.dtype)
         for _ in range(PASSES):
             part -= (basis.mT @ (inverse @ (basis @ part[..., None])))[..., 0]
-    return 1 - float(gradient.square().sum()) / before if before else 0.0
 
 
 @njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})

@@ -1,7 +1,8 @@
-"""Gradient projection (study 3, run 10): a decoder row moves across the rows most like it, never along them.
+"""Gradient projection (study 3, run 10): no decoder row's gradient has a part along the rows most like it.
 
-Each row's gradient loses its component in the span of its nearest rows (largest |cos|) and of itself: Adam takes the
-part along a unit row away in any case, and would bring others' back if it were not orthogonal to both.
+It loses its component in the span of its nearest rows (largest |cos|) and of itself: the part along a unit row is taken
+away before Adam in any case, which would bring others' back if it were not orthogonal to both. Adam then scales entry
+by entry, so the step itself is only nearly orthogonal to them.
 """
 
 from __future__ import annotations
