@@ -2,6 +2,8 @@
 
     python benchmarks/gram_schmidt.py
 
+    python benchmarks/gram_schmidt.py --threads 1 --clock cpu     # where others use the machine
+
 One process; the plain step, the step with the ingredient and the parts go by turns, and medians over all rounds count.
 The parts are what its forward and backward passes consist of, each as one batched operation of torch in float32. Ratios
 are what counts; milliseconds are of the machine at hand.
@@ -30,11 +32,14 @@ PLAIN, FULL = "step, topk", "step, with gram_schmidt"
 
 
 def steps(D: int, F: int, k: int, batch: int, latents: int) -> dict:
-    """Whole training steps without and with the ingredient, as calls."""
+    """Whole training steps without and with the ingredient, as calls.
+
+    Without AuxK: on one batch again and again latents die, and reviving them would take most of the step.
+    """
     x = torch.randn(batch, D, generator=torch.Generator().manual_seed(0))
     made = {}
     for name, entries in ((PLAIN, []), (FULL, [{"name": "gram_schmidt", "latents": latents}])):
-        p = params.check("train", {"d_sae": F, "k": k, "batch_size": batch, "mode": "batch",
+        p = params.check("train", {"d_sae": F, "k": k, "batch_size": batch, "mode": "batch", "aux_k": 0,
                                    "samples": 1000 * batch, "ingredients": entries})
         trainer = Trainer(p, Activations(x))
         made[name] = lambda trainer=trainer: trainer.one_step(trainer.source.batch)
@@ -76,16 +81,16 @@ def parts(D: int, F: int, k: int, batch: int, latents: int) -> dict:
             "gram_schmidt alone": whole}
 
 
-def measure(calls: dict, rounds: int, times: int) -> dict[str, float]:
+def measure(calls: dict, rounds: int, times: int, clock) -> dict[str, float]:
     """Median milliseconds of each call, by turns."""
     found = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
             for _ in range(times):
-                began = time.perf_counter()
+                began = clock()
                 call()
                 if turn:
-                    found[name].append(1e3 * (time.perf_counter() - began))
+                    found[name].append(1e3 * (clock() - began))
     return {name: median(taken) for name, taken in found.items()}
 
 
@@ -104,15 +109,20 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of the process")
     asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    clock = time.process_time if asked.clock == "cpu" else time.perf_counter
     size = (*map(int, asked.size.split(",")), asked.latents)
-    found = measure(steps(*size) | parts(*size), asked.rounds, asked.times)
+    found = measure(steps(*size) | parts(*size), asked.rounds, asked.times, clock)
     for name, taken in found.items():
         print(f"  {name}: {taken:.1f} ms")
     print(json.dumps(summary(found), indent=1))
     written = Path(__file__).parent / "results" / "gram_schmidt-cpu.json"
-    runs.write_json(written, {"size": asked.size, "latents": asked.latents, "threads": torch.get_num_threads(),
-                              "milliseconds": found, "summary": summary(found), "provenance": runs.provenance()})
+    runs.write_json(written, {"size": asked.size, "latents": asked.latents, "threads": asked.threads,
+                              "clock": asked.clock, "milliseconds": found, "summary": summary(found),
+                              "provenance": runs.provenance()})
 
 
 if __name__ == "__main__":
