@@ -94,14 +94,14 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, F) latents to (B, D) activations."""
-        rows, codes = self.W_dec, Dense(latents * self.input_scale)
-        ctx, decoded = Context(self, latents, codes=codes, rows=rows), codes
+        codes = decoded = Dense(latents * self.input_scale)
+        ctx = Context(self, latents, codes=codes, rows=self.W_dec)
         for hook in self.hooks:
             decoded = hook.decoder_codes(decoded, ctx)
-            rows = hook.decoder_rows(rows, codes, ctx)
+            ctx.rows = hook.decoder_rows(ctx.rows, codes, ctx)
         if decoded is not codes:
             latents = decoded.dense() / self.input_scale
-        return latents @ rows + self.b_dec / self.input_scale
+        return latents @ ctx.rows + self.b_dec / self.input_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction (B, D) of activations (B, D) as the model gives them."""
