@@ -46,11 +46,10 @@ class LayerNorm(Ingredient):
         self.state["gain"].fill_(float(pre_acts.std(1, correction=0).mean()))
         scaled = self._normal(pre_acts, self.state["gain"], torch.zeros_like(threshold))
         for part in torch.arange(self.d_sae, device=x.device).split(COLUMNS):
-            ranked = torch.cat([ranked := scaled[:, part].sort(0, descending=True).values, ranked[-1:] - 1])
-            above = (passing[part] - 1).clamp_min(0)
-            pair = ranked.gather(0, torch.stack([above, passing[part]]))
-            # Between the last that passes and the first that does not; over the first of all where none passes.
-            level = torch.where(passing[part] > 0, pair.mean(0), pair[0] + 1e-3)
+            ranked = scaled[:, part].sort(0, descending=True).values
+            ranked = torch.cat([ranked[:1] + 1, ranked, ranked[-1:] - 1])
+            # Between the last that passes and the first that does not.
+            level = ranked.gather(0, torch.stack([passing[part], passing[part] + 1])).mean(0)
             self.state["bias"][part] = threshold[part] - level
 
     def before_selection(self, pre_acts: Tensor, ctx) -> Tensor:

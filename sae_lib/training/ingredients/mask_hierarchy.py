@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_lib.training.compression import masks
 from sae_lib.training.ingredients import ingredient
-from sae_lib.training.ingredients.bounded_mask import Masked, MaskConfig
+from sae_lib.training.ingredients.masked import MaskConfig, Masked
 
 
 class Config(MaskConfig):

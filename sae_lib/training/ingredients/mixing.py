@@ -47,9 +47,9 @@ class Mixing(Ingredient):
             ragged = isinstance(codes, CSR)
             hidden = torch.nn.functional.embedding_bag(codes.indices, U, codes.offsets if ragged else None, mode="sum",
                                                        per_sample_weights=values, include_last_offset=ragged)
-            # Of each entry's token: gathered, or repeated along the slots.
             hidden = hidden.index_select(0, codes.rows()) if ragged else hidden[:, None]
-            mixed = values + (hidden * V.index_select(0, codes.indices.flatten()).view(*codes.indices.shape, -1)).sum(-1)
+            of_latent = V.index_select(0, codes.indices.flatten()).view(*codes.indices.shape, -1)
+            mixed = values + (hidden * of_latent).sum(-1)
         return codes.with_values(mixed.relu() * (values > 0))
 
     def measures(self, sae, x: Tensor) -> dict[str, float]:
