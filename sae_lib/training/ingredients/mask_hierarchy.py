@@ -1,7 +1,8 @@
 """A hierarchy of masks (study 4, run 6): nested blocks of latents, a mask per level, f' = prod_l clip(m_l + s, 0, 1) f.
 
 A level keeps the share r^(1/L) of its blocks, by their summed importance, among those inside what the level above
-kept: L levels together keep r of the latents (but for rounding up to whole blocks).
+kept: L levels together keep r of the latents. Where rounding up to whole blocks keeps too many, later levels keep
+fewer.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class MaskHierarchy(Masked):
 
     def masks(self, ratio: float) -> Tensor:
         """(L, F)"""
-        each, importance = ratio ** (1 / self.levels), self.state["importance"]
+        importance = self.state["importance"]
         allowed, found = torch.ones_like(importance, dtype=torch.bool), []
-        for size in self.config.blocks:
+        for level, size in enumerate(self.config.blocks):
+            each = min(1.0, ratio * self.d_sae / int(allowed.sum())) ** (1 / (self.levels - level))
             padded = torch.nn.functional.pad(importance, (0, -self.d_sae % size))
             score = masks.log_importance(padded.view(-1, size).sum(1))
             chosen, least = masks.choose(score, each, allowed[::size])
