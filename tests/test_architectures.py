@@ -13,7 +13,7 @@ from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
 from sae_lib.training import terms, trainer
-from sae_lib.training.ingredients import REGISTRY, load_sae
+from sae_lib.training.ingredients import REGISTRY, Ingredient, load_sae
 
 NAMES = ("topk", "standard", "batch_topk", "jumprelu", "gated", "matryoshka_batch_topk")
 KERNELS = ["sparse", "reference"]
@@ -223,8 +223,9 @@ def test_every_pair_runs_twenty_steps_or_is_refused(name, entry, order):
     try:
         result, verdict, _ = train(**changes)
     except ParameterError as error:
-        assert entry.get("weights") == "consecutive" and order == "shuffled"
+        assert (entry.get("weights") == "consecutive" or entry["name"] == "nt_xent") and order == "shuffled"
         assert "set order: sequence_blocks" in str(error)
         return
     assert result.report["steps"] == 20 and not result.report["nonfinite"]
-    assert result.report["terms"][entry["name"]]["median_share"] > 0
+    if REGISTRY[entry["name"]].penalty is not Ingredient.penalty:
+        assert result.report["terms"][entry["name"]]["median_share"] > 0
