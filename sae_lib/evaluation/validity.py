@@ -72,7 +72,15 @@ def _training_faults(t: dict[str, Any]) -> list[str]:
     if t["fold_error"] is not None and t["fold_error"] > FOLD_LIMIT:
         faults.append(f"folding decoder norms into the code changes the reconstruction by {t['fold_error']:.1e} "
                       f"(allowed {FOLD_LIMIT:.0e}): decoder rows are not of unit norm")
-    return faults
+    return faults + _bound_faults(t)
+
+
+def _bound_faults(t: dict[str, Any]) -> list[str]:
+    bounds = {name: found["bound"] for name, found in (t.get("measured") or {}).items() if "bound" in found}
+    return [f"the compression bound does not hold: {name} declares a mask whose decoder rows are off norm 1 by "
+            f"{bound['row_norm_error']:.1e}, whose reconstruction is off by {bound['mask_error']:.1e}, and whose "
+            f"inequalities fail on {bound['decoded']['violations']} and {bound['summed']['violations']} of "
+            f"{bound['tokens']} tokens" for name, bound in bounds.items() if bound["applicable"] and not bound["holds"]]
 
 
 def _core_faults(t: dict[str, Any], core: dict[str, Any]) -> list[str]:

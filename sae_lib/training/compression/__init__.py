@@ -1,0 +1,1 @@
+"""Study 4: masks that keep a share of the latents."""
