@@ -8,7 +8,7 @@ from sae_lib.evaluation import distributions, results, validity
 from sae_lib.training.ingredients import load_sae
 from sae_lib.views import figures_distributions
 
-QUALITY = {"dims": 128, "of": 576, "pairs": 10, "bound": 0.7, "lost": 0.78, "threshold": 0.05,
+QUALITY = {"dims": 128, "of": 576, "pairs": 10, "eps": 0.7, "lost": 0.78, "threshold": 0.05,
            "distortion": {"p99": 0.3, "worst": 0.4, "edges": [-1.0, 0.0, 1.0], "counts": [4.0, 6.0]},
            "cosine_noise": {"std": 0.08, "expected": 0.078, "edges": [-0.5, 0.0, 0.5], "counts": [5.0, 5.0]}}
 

@@ -213,8 +213,8 @@ def test_projection_is_as_noisy_as_theory_says():
     found = quality(rows, q * math.sqrt(576 / 128), 20_000, g)
     assert found["cosine_noise"]["std"] == pytest.approx(found["cosine_noise"]["expected"], rel=0.05)
     assert found["lost"] == pytest.approx(1 - 128 / 576, rel=0.02)
-    assert found["bound"] == pytest.approx(math.sqrt(8 * math.log(2000) / 128))
-    assert found["distortion"]["worst"] < found["bound"]
+    assert found["eps"] == pytest.approx(math.sqrt(8 * math.log(2000) / 128))
+    assert found["distortion"]["worst"] < found["eps"]
     assert sum(found["distortion"]["counts"]) == found["pairs"]
     whole = torch.linalg.qr(torch.randn(576, 576, generator=g, dtype=torch.float64)).Q
     same = quality(rows, whole, 1000, g)

@@ -53,7 +53,7 @@ def projection(name: str) -> dict[str, Any] | None:
         thresholds = [entry["threshold"] for entry in report.get("ingredients", []) if entry["name"] == "contrastive"]
     except (runs.RunError, AttributeError, KeyError, TypeError):
         return None
-    if not isinstance(found, dict) or not {"distortion", "cosine_noise", "bound", "dims", "of"} <= set(found):
+    if not isinstance(found, dict) or not {"distortion", "cosine_noise", "eps", "dims", "of"} <= set(found):
         return None
     last = thresholds[0]["start"] if thresholds and thresholds[0]["kind"] == "constant" else \
         thresholds[0]["end"] if thresholds else None

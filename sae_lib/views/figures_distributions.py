@@ -65,7 +65,7 @@ def projection(found: dict[str, dict[str, Any]], caption: str = "") -> go.Figure
                             line=style(number) | {"shape": "hvh"}, name=run.rpartition("/")[2], legendgroup=run,
                             showlegend=col == 1, row=1, col=col)
     first = next(iter(found.values()))
-    bound, noise, threshold = first["bound"], first["cosine_noise"]["std"], first.get("threshold")
+    bound, noise, threshold = first["eps"], first["cosine_noise"]["std"], first.get("threshold")
     promised = f"promised for all pairs of F rows: within ±{bound:.2f}"
     for side in (-1, 1):
         if bound < 1:

@@ -54,7 +54,7 @@ class JLSimilarity(Ingredient):
 def quality(rows: Tensor, projection: Tensor, pairs: int, generator: torch.Generator) -> dict[str, Any]:
     """How far ``rows`` (F, D) by ``projection`` (D, m) keep distances and cosines, over random ``pairs``.
 
-    ``bound``: the eps for which |ratio of squared distances - 1| <= eps is promised for all pairs of F points,
+    ``eps``: that for which |ratio of squared distances - 1| <= eps is promised for all pairs of F points,
     sqrt(8 ln F / m) (Johnson & Lindenstrauss 1984, in the common form); above 1 it promises nothing.
     ``lost``: share of the rows' energy that no linear map brings back from the projection.
     """
@@ -68,7 +68,7 @@ def quality(rows: Tensor, projection: Tensor, pairs: int, generator: torch.Gener
     back = small @ torch.linalg.pinv(projection)
     counts, edges = torch.histogram(distortion.clamp(-1, 1), bins=80, range=(-1.0, 1.0))
     cosines, places = torch.histogram(noise.clamp(-0.5, 0.5), bins=100, range=(-0.5, 0.5))
-    return {"dims": dims, "of": rows.shape[1], "pairs": len(left), "bound": math.sqrt(8 * math.log(len(rows)) / dims),
+    return {"dims": dims, "of": rows.shape[1], "pairs": len(left), "eps": math.sqrt(8 * math.log(len(rows)) / dims),
             "distortion": {"worst": float(distortion.abs().max()), "p99": float(distortion.abs().quantile(0.99)),
                            "edges": edges.tolist(), "counts": counts.tolist()},
             "cosine_noise": {"std": float(noise.std()), "expected": math.sqrt((1 - dims / rows.shape[1]) / dims),
