@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sae_lib.sae.codes import CSR, Codes, Dense
+from sae_lib.sae.kernels import DENSE_FROM
 from sae_lib.training.ingredients import Ingredient, IngredientConfig, ingredient
 
 SMALL = 0.01
@@ -26,7 +27,7 @@ class Config(IngredientConfig):
 
 @ingredient("mixing", Config)
 class Mixing(Ingredient):
-    """Gathered entries alone: N q numbers for N entries."""
+    """Gathered entries alone, N q numbers for N entries, unless many are active."""
 
     changes_forward = True
     learnt = frozenset({"U", "V"})
@@ -40,6 +41,8 @@ class Mixing(Ingredient):
     def transform(self, codes: Codes, ctx) -> Codes:
         """Active latents mixed."""
         U, V = self.state["U"].to(codes.values.dtype), self.state["V"].to(codes.values.dtype)
+        if isinstance(codes, Dense) and codes.l0() <= DENSE_FROM * self.d_sae:
+            codes = codes.csr()
         values = codes.values
         if isinstance(codes, Dense):
             mixed = values + (values @ U) @ V.T
