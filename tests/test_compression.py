@@ -10,6 +10,7 @@ from test_gradients import D, F, relative, weights
 from test_trainer import SMALL, train
 
 from sae_lib import runs
+from sae_lib.evaluation import validity
 from sae_lib.params import ParameterError, check
 from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
@@ -429,3 +430,18 @@ def test_resumed_in_the_same_bits(name, capsys):
     for one, other in zip(plain.hooks, resumed.hooks, strict=True):
         for key, value in one.state_dict().items():
             assert torch.equal(other.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", ["bounded_compression_fixed", "bounded_compression_5", "bounded_compression_9"])
+def test_a_variants_file_on_the_tiny_model(name, tiny_store, tiny):
+    """The file as it is, but for its size; a store's documents and positions are what NT-Xent reads."""
+    held = yaml.safe_load((runs.project() / f"params/variants/{name}.yaml").read_text())
+    sizes = {"d_sae": 256, "target_l0": 8, "l1": 1.0, "samples": 256 * 300, "batch_size": 256, "lr": 2e-3}
+    p = check("train", tiny().model_dump() | held | sizes | {"run": "tiny", "threads": 1, "warmup_steps": 20})
+    run = runs.start(p)
+    result = trainer.train(p, tiny_store, run)
+    verdict = validity.update(run)
+    assert verdict.status == "valid", verdict
+    assert not [flag for flag in verdict.flags if "schedule" in flag or "inert" in flag or "dominates" in flag]
+    x = tiny_store.heldout(100).x
+    assert torch.equal(load_sae(run.path / "sae")(x), result.sae(x))

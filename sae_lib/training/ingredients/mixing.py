@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sae_lib.sae import kernels
 from sae_lib.sae.codes import CSR, Codes, Dense
 from sae_lib.training.ingredients import Ingredient, IngredientConfig, ingredient
 
@@ -26,7 +27,7 @@ class Config(IngredientConfig):
 
 @ingredient("mixing", Config)
 class Mixing(Ingredient):
-    """Gathered entries alone: N q numbers for N entries."""
+    """Gathered entries alone, N q numbers for N entries, unless many are active."""
 
     changes_forward = True
     learnt = frozenset({"U", "V"})
@@ -40,14 +41,15 @@ class Mixing(Ingredient):
     def transform(self, codes: Codes, ctx) -> Codes:
         """Active latents mixed."""
         U, V = self.state["U"].to(codes.values.dtype), self.state["V"].to(codes.values.dtype)
+        if isinstance(codes, Dense) and codes.l0() <= kernels.DENSE_FROM * self.d_sae:
+            codes = codes.csr()
         values = codes.values
         if isinstance(codes, Dense):
             mixed = values + (values @ U) @ V.T
         else:
-            ragged = isinstance(codes, CSR)
-            hidden = torch.nn.functional.embedding_bag(codes.indices, U, codes.offsets if ragged else None, mode="sum",
-                                                       per_sample_weights=values, include_last_offset=ragged)
-            hidden = hidden.index_select(0, codes.rows()) if ragged else hidden[:, None]
+            # Its backward sorts nothing, unlike embedding_bag's own.
+            hidden = kernels.pick(values.device.type, sparse=True).decode(codes, U)
+            hidden = hidden.index_select(0, codes.rows()) if isinstance(codes, CSR) else hidden[:, None]
             of_latent = V.index_select(0, codes.indices.flatten()).view(*codes.indices.shape, -1)
             mixed = values + (hidden * of_latent).sum(-1)
         return codes.with_values(mixed.relu() * (values > 0))
