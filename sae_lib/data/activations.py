@@ -107,6 +107,14 @@ def heldout_texts(p: Train) -> list[str]:
     return find(p).heldout_texts()
 
 
+def heldout_sources(p: Train) -> list[str] | None:
+    """The corpus of each of ``heldout_texts(p)``; None where that is not known."""
+    if p.store == "stream" and p.activations == "auto":
+        tokenizer, bos_id = language_model.load_tokenizer(p.model)
+        return corpus.streamed_heldout(p, tokenizer, bos_id).sources
+    return find(p).heldout_sources()
+
+
 # -- extraction --------------------------------------------------------------------------------------------------
 
 def _announce(p: Extract, target: Path) -> None:

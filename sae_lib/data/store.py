@@ -133,10 +133,16 @@ class Store:
     def heldout_texts(self) -> list[str]:
         """Whole texts of the held-out documents."""
         try:
-            lines = (self.path / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
-            return [json.loads(line)["text"] for line in lines if line]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            return [document["text"] for document in self._documents()]
+        except (KeyError, TypeError) as error:
             raise self._damaged("heldout.jsonl", str(error)) from None
+
+    def heldout_sources(self) -> list[str] | None:
+        """The corpus that each held-out document is of; None where that is not known."""
+        try:
+            return [document["source"] for document in self._documents()]
+        except (KeyError, TypeError):
+            return None
 
     def verify(self) -> None:
         """Hash every shard. Raises RunError naming the first that is not what was written."""
@@ -206,6 +212,13 @@ class Store:
                 raise error if isinstance(error, runs.RunError) else self._damaged(shard["file"], str(error)) from None
             at = end
         return rows
+
+    def _documents(self) -> list[dict]:
+        try:
+            lines = (self.path / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+            return [json.loads(line) for line in lines if line]
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged("heldout.jsonl", str(error)) from None
 
     def _blocks(self, name: str) -> torch.Tensor:
         try:

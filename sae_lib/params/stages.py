@@ -45,7 +45,7 @@ class Extract(Common):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the language model and of the store; auto times both."""
     corpus: str | dict[str, float] = "news"
-    """One source or weights per source: news, wikipedia, a file or folder, or a hub data set."""
+    """One source or weights per source: news, wikipedia, newsgroups_<topic>, a file or folder, or a hub data set."""
     corpus_column: str = "text"
     """Column of a data set, parquet or JSONL that holds the text."""
     corpus_split: str = "train"
