@@ -38,6 +38,8 @@ class Comparison(NamedTuple):
     """What the frontier runs along; where that is a parameter, the table's column ``along`` holds it."""
     parameters: dict[str, str]
     """By run, the parameters that differ from its baseline's, a line each."""
+    compression: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
+    """By run that has any: evals/compression.json, evals/compression_absorption.json, and bounds by ingredient."""
 
 
 def compare(p: params.Compare) -> Comparison:
@@ -62,7 +64,8 @@ def compare(p: params.Compare) -> Comparison:
     apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
     phases = {name: found for name in names if (found := _phases(name))}
     return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
-                      p.frontier, parameters_apart(table, p.baseline))
+                      p.frontier, parameters_apart(table, p.baseline),
+                      {name: found for name in names if any(found := _compression(name))})
 
 
 def parameters_apart(table: pd.DataFrame, baseline: str | None) -> dict[str, str]:
@@ -118,6 +121,20 @@ def _phases(name: str) -> list[dict[str, Any]]:
         return found if fine else []
     except (runs.RunError, params.ParameterError, TypeError, AttributeError):
         return []
+
+
+def _compression(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What a run's evaluations and ingredients say of shares of its latents; nothing where it cannot be drawn."""
+    try:
+        run = runs.Run(name)
+        curve, absorption = (run.json(f"evals/{file}.json", {}) for file in ("compression", "compression_absorption"))
+        fine = all({"ratio", "interval"} <= set(row) for row in [*curve.get("curve", []),
+                                                                 *absorption.get("by_ratio", [])])
+        measured = run.json("training.json", {}).get("measured") or {}
+        bounds = {part: found["bound"] for part, found in measured.items() if isinstance(found.get("bound"), dict)}
+        return (curve, absorption, bounds) if fine else ({}, {}, bounds)
+    except (runs.RunError, params.ParameterError, TypeError, AttributeError):
+        return {}, {}, {}
 
 
 def _export(folder: Path, name: str, frame: pd.DataFrame) -> None:
