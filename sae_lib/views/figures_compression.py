@@ -79,8 +79,8 @@ def curves(runs: list[Kept], caption: str = "", metrics: tuple[str, ...] = (*CUR
         fig.update_yaxes(title=METRICS[name].unit.partition(",")[0], rangemode="tozero", row=1, col=col)
     fig.update_xaxes(title=SHARE, range=[0, 1.04], tickformat=".0%")
     _nothing(fig, runs)
-    return dress(fig, title, _said(runs, f"{caption}; bars: 95 % within each SAE"),
-                 width=400 + 340 * max(len(panels) - 1, 1), height=560, top=_legend(fig))
+    return _dressed(fig, title, _said(runs, f"{caption}; bars: 95 % within each SAE"),
+                    width=160 + 340 * len(panels), height=540)
 
 
 def localization(runs: list[Kept], caption: str = "") -> go.Figure:
@@ -92,26 +92,30 @@ def localization(runs: list[Kept], caption: str = "") -> go.Figure:
                                for part in run.curve.get("localization", [])))
     corpora = list(dict.fromkeys(name for pair in pairs for name in pair))
     several = len([run for run in runs if run.curve.get("localization")]) > 1
-    fig = make_subplots(rows=2, cols=len(pairs), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.06,
-                        horizontal_spacing=0.05, subplot_titles=[
-                            f"kept: most {_short(own)}'s,<br>beside {_short(other)}" for own, other in pairs])
+    fig = make_subplots(rows=2, cols=len(pairs), vertical_spacing=0.1, horizontal_spacing=0.1, subplot_titles=[
+        f"kept: {_short(own)}'s own,<br>beside {_short(other)}" for own, other in pairs])
+    spans: dict[int, list[float]] = {1: [0.0], 2: [0.0]}
     for number, run in enumerate(runs):
         for part in run.curve.get("localization", []):
             col = pairs.index((part["kept_for"], part["against"])) + 1
             for name, rows in part["on"].items():
                 label = f"on {_short(name)}" + (f", {run.label}" if several else "")
                 for row, metric in enumerate(("loss_recovered", "explained_variance"), 1):
-                    _line(fig, _frame(rows, metric), number * len(corpora) + corpora.index(name),
-                          run._replace(label=label), {"row": row, "col": col})
+                    shown = _frame(rows, metric)
+                    spans[row] += [*shown.value.dropna(), *shown.low.dropna(), *shown.high.dropna()]
+                    _line(fig, shown, number * len(corpora) + corpora.index(name), run._replace(label=label),
+                          {"row": row, "col": col})
     for row, metric in enumerate(("loss_recovered", "explained_variance"), 1):
         said = METRICS[metric]
-        fig.update_yaxes(title=f"{said.label}<br>({said.reading})", row=row, col=1)
+        room = 0.04 * (max(spans[row]) - min(spans[row]))
+        fig.update_yaxes(range=[min(spans[row]) - room, max(spans[row]) + room], row=row)
+        fig.update_yaxes(title=f"{said.label}, {said.unit}<br>({said.reading})", row=row, col=1)
     fig.update_xaxes(range=[0, 1.04], tickformat=".0%")
     fig.update_xaxes(title=SHARE, row=2)
-    return dress(fig, "What the latents of one corpus know of another",
-                 _said(runs, f"{caption}; ranked by mean latent on the one over the other, on documents not measured; "
-                             "bars: 95 % within each SAE"),
-                 width=520 + 320 * max(len(pairs) - 1, 1), height=740, top=_legend(fig) + 34, side=110)
+    return _dressed(fig, "What the latents of one corpus know of another",
+                    _said(runs, f"{caption}; ranked by mean latent on the one over the other, on documents not "
+                                "measured; bars: 95 % within each SAE"),
+                    width=190 + 340 * len(pairs), height=760, side=110)
 
 
 def bound_tightness(runs: list[Kept], caption: str = "") -> go.Figure:
@@ -119,7 +123,7 @@ def bound_tightness(runs: list[Kept], caption: str = "") -> go.Figure:
     fig, said, metric, top = go.Figure(), [], METRICS["bound_tightness"], 1.0
     named = [(run, part, bound) for run in runs for part, bound in run.bounds.items()]
     for number, (run, part, bound) in enumerate(named):
-        if run.apart:
+        if run.apart and not run.apart.startswith("not comparable"):  # of one SAE by itself, as the bound is
             said.append(f"{run.label}: {run.apart}")
         elif bound.get("applicable") is False:
             said.append(f"{run.label}: no bound for {part}: {bound.get('reason') or 'not applicable'}")
@@ -143,15 +147,15 @@ def bound_tightness(runs: list[Kept], caption: str = "") -> go.Figure:
     fig.update_xaxes(title=SHARE, range=[0, 1.04], tickformat=".0%")
     fig.update_yaxes(title="Measured error / bound", range=[0, 1.1 * top])
     text = "; ".join([caption, metric.formula, *said])
-    return dress(fig, f"Tightness of the bound ({metric.reading}; 1 is tight)", text, width=960, height=580,
-                 top=_legend(fig))
+    return _dressed(fig, f"Tightness of the bound ({metric.reading}; 1 is tight)", text, width=720, height=540)
 
 
 # -- within ------------------------------------------------------------------------------------------------------
 
 def _panels(names: list[str]) -> go.Figure:
     titles = [f"{METRICS[n].label}<br><span style='font-size:13px'>({METRICS[n].reading})</span>" for n in names]
-    return make_subplots(rows=1, cols=len(names), subplot_titles=titles, horizontal_spacing=0.1)
+    return make_subplots(rows=1, cols=len(names), subplot_titles=titles,
+                         horizontal_spacing=0.36 / (1 + len(names)))
 
 
 def _rows(run: Kept, metric: str) -> pd.DataFrame:
@@ -181,11 +185,12 @@ def _line(fig: go.Figure, rows: pd.DataFrame, number: int, run: Kept, place: dic
                              "arrayminus": rows.value - rows.low, "thickness": 1.2, "width": 3})
 
 
-def _legend(fig: go.Figure) -> int:
-    """Put the legend over the panels; the room for it and the panels' titles, in pixels."""
-    fig.update_layout(legend={"orientation": "h", "x": 0, "yref": "container", "y": 0.925, "yanchor": "top"})
-    shown = sum(trace.showlegend is not False for trace in fig.data)
-    return 130 + 22 * (shown // 4)
+def _dressed(fig: go.Figure, title: str, caption: str, width: int, height: int, side: int = 80) -> go.Figure:
+    """The workbook's look, with the legend at the right, for which plotly makes room in the width added here."""
+    names = [trace.name for trace in fig.data if trace.showlegend is not False]
+    room = 50 + 8 * max((len(name) for name in names), default=0) if names else 0
+    fig.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, showlegend=bool(names))
+    return dress(fig, title, caption, width=width + room, height=max(height, 260 + 23 * len(names)), top=110, side=side)
 
 
 def _said(runs: list[Kept], caption: str) -> str:
@@ -196,6 +201,7 @@ def _said(runs: list[Kept], caption: str) -> str:
 
 def _nothing(fig: go.Figure, runs: list[Kept]) -> None:
     if not any(trace.y is not None and len(trace.y) for trace in fig.data):
+        fig.update_yaxes(range=[0, 1])
         fig.add_annotation(text="no result", showarrow=False, font={"size": 20, "color": GREY}, xref="paper",
                            yref="paper", x=0.5, y=0.5)
 
