@@ -334,7 +334,7 @@ def test_an_unknown_topic_names_the_known_ones(tiny):
 
 
 @pytest.mark.parametrize("name, asked", [("wikitext", ("Salesforce/wikitext", "wikitext-103-raw-v1")),
-                                         ("wmdp_bio", ("cais/wmdp-bio-forget-corpus", None)),
+                                         ("wmdp_bio", ("cais/wmdp-bio-forget-corpus",)),
                                          ("owner/data:some", ("owner/data", "some"))])
 def test_a_data_set_of_the_hub_may_name_a_configuration(tiny, monkeypatch, name, asked):
     import datasets

@@ -186,7 +186,8 @@ def _hub(name: str, p: Extract) -> Iterator[str]:
 
     try:
         data, _, configuration = name.partition(":")
-        rows = iter(datasets.load_dataset(data, configuration or None, split=p.corpus_split, streaming=True))
+        chosen = (data, configuration) if configuration else (data,)
+        rows = iter(datasets.load_dataset(*chosen, split=p.corpus_split, streaming=True))
         first = next(rows, None)
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = (str(error).strip().splitlines() or [""])[0][:200]

@@ -176,7 +176,7 @@ def _frame(rows: list[dict[str, Any]], metric: str) -> pd.DataFrame:
 
 def _line(fig: go.Figure, rows: pd.DataFrame, number: int, run: Kept, place: dict[str, int]) -> None:
     line = {"color": GREY, "dash": "dot", "width": 1.5} if run.apart else style(number)
-    marks = {"color": GREY, "size": 7} if run.apart else mark(number, 8)
+    marks = mark(number, 8) | ({"color": GREY} if run.apart else {})
     name = f"{run.label} ({run.apart.partition(':')[0]})" if run.apart else run.label
     fig.add_scatter(x=rows.ratio, y=rows.value, mode="lines+markers", name=name, legendgroup=name,
                     showlegend=not any(trace.name == name for trace in fig.data), line=line, marker=marks, **place,
