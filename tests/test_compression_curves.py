@@ -36,7 +36,7 @@ def some_sae(kind="topk", d_sae=96, seed=0, **config):
 @pytest.fixture(scope="module")
 def text(tiny_model):
     documents = list(itertools.islice(planted.documents(5), 12))
-    held = importance.HeldOut(documents, ["one", "two"] * 6, None)
+    held = importance.HeldOut(documents, ["one", "two"] * 6, "")
     return compression.text_of(tiny_model, held, {"one": 0.03, "two": 0.03}, CONTEXT)[0]
 
 
@@ -69,6 +69,27 @@ def test_most_takes_the_ceiling_and_the_first_of_equals():
 def test_documents_rank_or_measure_never_both():
     rank = importance.ranking_documents(["a", "b", "a", "a", "c"]).tolist()
     assert rank == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("way", ["training", "halves", "unknown"])
+def test_latents_are_ranked_by_text_that_is_not_measured(tiny, trained, monkeypatch, way):
+    asked, sae = evaluate.trained(runs.Run("kept/good-s1")), some_sae()
+    store = activations.source(asked)
+    monkeypatch.setattr(activations, "source", lambda _: store)
+    if way != "training":
+        monkeypatch.setattr(store, "train_sources", lambda: None)
+    if way == "unknown":
+        monkeypatch.setattr(store, "heldout_sources", lambda: None)
+    found, held = importance.of_run(sae, asked)
+    whole = store.manifest["counts"]["heldout"]["tokens"]
+    if way == "training":
+        assert held.texts == store.heldout_texts() and sum(found.tokens.values()) == min(32_768, store.n_train)
+        assert found.tokens[trained[0]] == pytest.approx(0.4 * 32_768, rel=0.05)
+    elif way == "halves":
+        assert 0.35 < len(held.texts) / len(store.heldout_texts()) < 0.65
+        assert all(0 < found.tokens[name] < whole[name] for name in whole)
+    else:
+        assert found.tokens == {"held-out text": store.n_heldout} and set(held.sources) == {"held-out text"}
 
 
 def test_importance_is_the_mean_latent_by_corpus():
@@ -176,7 +197,7 @@ def test_the_latents_of_one_corpus_explain_it_and_not_the_other(tiny_model):
     streams = tiny_model.residual(torch.tensor([[tiny_model.bos_id, *one] for one in ids]))[:, 1]
     rows = torch.nn.functional.normalize(streams, dim=1)
     sae = SparseAutoencoder(rows.clone(), torch.zeros(len(rows)), rows, torch.zeros(D), architectures.get("topk")(k=1))
-    held = importance.HeldOut([text for own in texts.values() for text in own], ["one", "one", "two", "two"], None)
+    held = importance.HeldOut([text for own in texts.values() for text in own], ["one", "one", "two", "two"], "")
     text, _ = compression.text_of(tiny_model, held, {"one": 0.03, "two": 0.03}, CONTEXT)
     x, of = tiny_model.residual(text.blocks)[:, 1:], torch.tensor([name == "two" for name in text.corpora])
     of = of[:, None].expand(x.shape[:2]).flatten().long()
@@ -266,8 +287,8 @@ def test_without_ratios_nothing_is_measured(trained):
 
 
 def test_too_little_text_is_one_error(tiny_model):
-    held = importance.HeldOut(["w"], ["one"], None)
-    with pytest.raises(ParameterError, match="compression_ratios: one: held-out documents that do not rank fill 0"):
+    held = importance.HeldOut(["w"], ["one"], "")
+    with pytest.raises(ParameterError, match="compression_ratios: one: held-out documents fill 0"):
         compression.text_of(tiny_model, held, {"one": 1.0}, CONTEXT)
 
 

@@ -153,6 +153,10 @@ class Precomputed(Store):
         """Not known: nothing says which rows a text's are."""
         return None
 
+    def train_sources(self) -> None:
+        """Not known: nothing says which rows a text's are."""
+        return None
+
     def verify(self) -> None:
         """Read every row. Raises RunError naming the first file that is not what it should be."""
         _ = self.measured

@@ -144,6 +144,16 @@ class Store:
         except (KeyError, TypeError):
             return None
 
+    def train_sources(self) -> list[str] | None:
+        """The corpus that each training document is of; None for a store that was written before this was kept."""
+        names = list(self.manifest.get("shares", {}))
+        with self._opened("blocks.safetensors") as file:
+            known = "train.source" in set(file.keys())
+        try:
+            return [names[place] for place in self._blocks("train.source").tolist()] if known else None
+        except IndexError:
+            raise self._damaged("blocks.safetensors", "a source that the manifest does not have") from None
+
     def verify(self) -> None:
         """Hash every shard. Raises RunError naming the first that is not what was written."""
         for shard in (*self._shards["train"], *self._shards["heldout"]):

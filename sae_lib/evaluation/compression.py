@@ -3,7 +3,7 @@
 The curve keeps the ceil(r F) latents of the largest mean; localization those that are most one corpus' own beside
 another's, and measures both corpora: what the latents kept know of the one and not of the other. The mask comes after
 the code (``sae.kept``), the decoder stays as it is. Measured are explained variance, L0 and the loss recovered, on
-held-out documents that took no part in the ranking.
+held-out documents that took no part in the ranking (``importance``).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def compression(p: params.Evaluate, run: runs.Run, asked: params.Train, sae, lm)
         "ratios": p.compression_ratios, "model": lm.name, "model_identity": lm.identity, "hook": lm.hook,
         "d_in": sae.d_in, "d_sae": sae.d_sae, "context": asked.context, "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device), "blocks": {name: text.corpora.count(name) for name in dict.fromkeys(text.corpora)},
-        "ranked_on_tokens": found.tokens, "notes": [*notes, *([held.note] if held.note else [])],
+        "ranked_on": held.ranked_on, "ranked_on_tokens": found.tokens, "notes": notes,
         "text_sha256": hashlib.sha256(text.blocks.numpy().tobytes()).hexdigest()[:16],
         "interval": f"bootstrap over blocks of text, {masked_passes.LEVEL:.0%}: within this SAE"}
     config["comparable"] = digest({key: value for key, value in config.items() if key != "d_sae"})
@@ -102,7 +102,7 @@ def text_of(lm, held: importance.HeldOut, shares: dict[str, float], context: int
         blocks = packed(lm, texts, wanted, context)
         if len(blocks) < wanted:
             few = len(blocks) < FEWEST_BLOCKS
-            notes.append(f"{name}: held-out documents that do not rank fill {len(blocks)} blocks of {context} tokens, "
+            notes.append(f"{name}: held-out documents fill {len(blocks)} blocks of {context} tokens, "
                          f"{wanted} are wanted" + ("; left out" if few else ""))
             if few:
                 continue

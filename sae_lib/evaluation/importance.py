@@ -1,7 +1,8 @@
-"""How important each latent is: its mean over held-out tokens, of all text and of each corpus apart.
+"""How important each latent is: its mean over tokens, of all text and of each corpus apart.
 
-Every other held-out document of a corpus serves to rank the latents, the rest to measure what the ranking is worth:
-a latent is not chosen by the text that it is judged on. F latents.
+A latent is not chosen by the text that it is judged on: training tokens rank the latents, held-out documents measure
+what the ranking is worth. Where a source does not say which corpus its training tokens are of (a stream), every other
+held-out document of a corpus ranks, and the rest measure. F latents.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sae_lib.params import ParameterError
 from sae_lib.training.measure import passes
 
 RANKED = 32_768
-"""Held-out tokens that are read at most; half of their documents rank."""
+"""Tokens that rank at most."""
 WHOLE = "held-out text"
 """Stands for the corpora where they are not known."""
 
@@ -36,34 +37,42 @@ class Importance(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """The documents that do not rank."""
+    """The documents to measure on, none of which ranks."""
 
     texts: list[str]
     sources: list[str]
     """The corpus of each."""
-    note: str | None
-    """What a reader should know of how they were chosen."""
+    ranked_on: str
+    """What ranks the latents, in words."""
 
 
 def of_run(sae, asked: params.Train) -> tuple[Importance, HeldOut]:
-    """The importance of an SAE's latents on held-out rows of its training's source, and the documents left to measure.
+    """The importance of an SAE's latents on its training's source, and the documents to measure on.
 
     Raises ParameterError where the source holds no text.
     """
-    held = activations.source(asked)
-    rows, texts, sources = held.heldout(RANKED), held.heldout_texts(), held.heldout_sources()
+    source = activations.source(asked)
+    texts, sources, trained = source.heldout_texts(), source.heldout_sources(), source.train_sources()
+    if trained is not None and sources is not None:
+        rows = min(RANKED, source.n_train)
+        batch = next(iter(source.batches(rows, rows)))
+        found = _by_document(sae, batch.x, batch.document, trained)
+        return found, HeldOut(texts, sources, "training tokens, in a random draw")
+    held = source.heldout(RANKED)
     if sources is None:
-        everything = torch.zeros(len(rows.x), dtype=torch.long)
-        note = "the corpora of the rows are not known: latents are ranked by all of them"
-        return importance(sae, rows.x, everything, [WHOLE]), HeldOut(texts, [WHOLE] * len(texts), note)
+        found = importance(sae, held.x, torch.zeros(len(held.x), dtype=torch.long), [WHOLE])
+        return found, HeldOut(texts, [WHOLE] * len(texts), "held-out rows; which texts they are of is not known")
     rank = ranking_documents(sources)
-    document = rows.document.long()
-    known = (document >= 0) & rank[document.clamp_min(0)]
+    chosen = rank[held.document.long()]
+    found = _by_document(sae, held.x[chosen], held.document[chosen], sources)
+    left = [number for number, ranks in enumerate(rank.tolist()) if not ranks]
+    return found, HeldOut([texts[i] for i in left], [sources[i] for i in left], "every other held-out document")
+
+
+def _by_document(sae, x: Tensor, document: Tensor, sources: list[str]) -> Importance:
     names = list(dict.fromkeys(sources))
     place = torch.tensor([names.index(source) for source in sources])
-    found = importance(sae, rows.x[known], place[document[known]], names)
-    left = [number for number, ranks in enumerate(rank.tolist()) if not ranks]
-    return found, HeldOut([texts[i] for i in left], [sources[i] for i in left], None)
+    return importance(sae, x, place[document.long()], names)
 
 
 def ranking_documents(sources: list[str]) -> Tensor:

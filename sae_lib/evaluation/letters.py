@@ -141,7 +141,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
 def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any], ask):
     """Each of ``p.absorption_ratios``, how many latents it keeps, and what ``ask`` finds by seed; of all, ``found``.
 
-    The latents kept are 03's: those of the largest mean over held-out tokens that take no part in measuring.
+    The latents kept are 03's: those of the largest mean over training tokens.
     """
     if not p.absorption_ratios:
         return []

@@ -113,7 +113,7 @@ def localization(runs: list[Kept], caption: str = "") -> go.Figure:
     fig.update_xaxes(range=[0, 1.04], tickformat=".0%")
     fig.update_xaxes(title=SHARE, row=2)
     return _dressed(fig, "What the latents of one corpus know of another",
-                    _said(runs, f"{caption}; ranked by mean latent on the one over the other, on documents not "
+                    _said(runs, f"{caption}; ranked by mean latent on the one over the other, on text that is not "
                                 "measured; bars: 95 % within each SAE"),
                     width=190 + 340 * len(pairs), height=760, side=110)
 
