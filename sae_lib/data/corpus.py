@@ -164,6 +164,12 @@ def pack_all(documents: Iterator[Document], p: Extract, bos_id: int, split: str)
     return Blocks(tokens, numbers, seen, texts)
 
 
+def places(blocks: Blocks, p: Extract) -> np.ndarray:
+    """(documents,) int32: the place of each document's source among ``shares(p)``."""
+    order = {name: place for place, name in enumerate(shares(p))}
+    return np.array([order[source] for source in blocks.sources], dtype=np.int32)
+
+
 def counts(blocks: Blocks) -> dict[str, Any]:
     """Blocks, text tokens, and documents and tokens per source."""
     text = blocks.document[:, 1:].ravel()

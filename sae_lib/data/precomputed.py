@@ -149,6 +149,14 @@ class Precomputed(Store):
             raise self._wrong(self._texts, "no documents in it")
         return texts
 
+    def heldout_sources(self) -> None:
+        """Not known: nothing says which rows a text's are."""
+        return None
+
+    def train_sources(self) -> None:
+        """Not known: nothing says which rows a text's are."""
+        return None
+
     def verify(self) -> None:
         """Read every row. Raises RunError naming the first file that is not what it should be."""
         _ = self.measured

@@ -15,18 +15,21 @@ from itertools import islice
 from pathlib import Path
 
 from sae_lib import params
-from sae_lib.data import assets, tiny_model
+from sae_lib.data import assets, newsgroups, tiny_model
 from sae_lib.params import Extract, ParameterError
 
 SHUFFLE_BUFFER = 4096
 """Documents held to be yielded in random order."""
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+HUB = {"wikitext": "Salesforce/wikitext:wikitext-103-raw-v1", "wmdp_bio": "cais/wmdp-bio-forget-corpus"}
+"""Short names for data sets of the hub; what follows a colon is the configuration. The second one is gated there."""
 
 
 def documents(name: str, p: Extract) -> Iterator[str]:
     """Non-empty documents of one source in a random order fixed by ``corpus_seed``.
 
-    ``name`` is an alias (news, wikipedia, tiny), a local file or folder, or a hub data set, which is streamed.
+    ``name`` is an alias (news, wikipedia, newsgroups_<topic>, tiny), a local file or folder, or a hub data set, which
+    is streamed (``owner/name``, or ``owner/name:configuration``; wikitext and wmdp_bio are short names of two).
     Raises ParameterError naming ``corpus`` for a source that cannot be read.
     """
     if name == "tiny":
@@ -35,10 +38,12 @@ def documents(name: str, p: Extract) -> Iterator[str]:
     path = params.local_path(name)
     if name in embedded:
         texts = embedded[name]()
+    elif newsgroups.is_alias(name):
+        texts = newsgroups.texts(name)
     elif path:
         texts = _local(path, p)
     else:
-        texts = _hub(name, p)
+        texts = _hub(HUB.get(name, name), p)
     return _shuffled((text for text in texts if text.strip()), random.Random(f"{name} {p.corpus_seed}"))
 
 
@@ -180,12 +185,14 @@ def _hub(name: str, p: Extract) -> Iterator[str]:
     import datasets
 
     try:
-        rows = iter(datasets.load_dataset(name, split=p.corpus_split, streaming=True))
+        data, _, configuration = name.partition(":")
+        chosen = (data, configuration) if configuration else (data,)
+        rows = iter(datasets.load_dataset(*chosen, split=p.corpus_split, streaming=True))
         first = next(rows, None)
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise ParameterError(f"corpus: '{name}' is no alias (news, wikipedia, tiny), no file or folder here, and the "
-                             f"hub did not give it ({type(error).__name__}: {reason})") from None
+        raise ParameterError(f"corpus: '{name}' is no alias (news, wikipedia, newsgroups_<topic>, tiny), no file or "
+                             f"folder here, and the hub did not give it ({type(error).__name__}: {reason})") from None
     if first is not None:
         yield _text_of(first, p, name)
         yield from (_text_of(row, p, name) for row in rows)

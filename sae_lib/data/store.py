@@ -133,10 +133,26 @@ class Store:
     def heldout_texts(self) -> list[str]:
         """Whole texts of the held-out documents."""
         try:
-            lines = (self.path / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
-            return [json.loads(line)["text"] for line in lines if line]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            return [document["text"] for document in self._documents()]
+        except (KeyError, TypeError) as error:
             raise self._damaged("heldout.jsonl", str(error)) from None
+
+    def heldout_sources(self) -> list[str] | None:
+        """The corpus that each held-out document is of; None where that is not known."""
+        try:
+            return [document["source"] for document in self._documents()]
+        except (KeyError, TypeError):
+            return None
+
+    def train_sources(self) -> list[str] | None:
+        """The corpus that each training document is of; None for a store that was written before this was kept."""
+        names = list(self.manifest.get("shares", {}))
+        with self._opened("blocks.safetensors") as file:
+            known = "train.source" in set(file.keys())
+        try:
+            return [names[place] for place in self._blocks("train.source").tolist()] if known else None
+        except IndexError:
+            raise self._damaged("blocks.safetensors", "a source that the manifest does not have") from None
 
     def verify(self) -> None:
         """Hash every shard. Raises RunError naming the first that is not what was written."""
@@ -206,6 +222,13 @@ class Store:
                 raise error if isinstance(error, runs.RunError) else self._damaged(shard["file"], str(error)) from None
             at = end
         return rows
+
+    def _documents(self) -> list[dict]:
+        try:
+            lines = (self.path / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+            return [json.loads(line) for line in lines if line]
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged("heldout.jsonl", str(error)) from None
 
     def _blocks(self, name: str) -> torch.Tensor:
         try:

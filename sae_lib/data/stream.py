@@ -93,6 +93,14 @@ class Stream:
         """Whole texts of the held-out documents."""
         return list(self._held.texts)
 
+    def heldout_sources(self) -> list[str]:
+        """The corpus that each held-out document is of."""
+        return list(self._held.sources)
+
+    def train_sources(self) -> None:
+        """Not known: training text is read anew in each pass."""
+        return None
+
     # -- within --------------------------------------------------------------------------------------------------
 
     def _capture_all(self, blocks: corpus.Blocks, bar) -> tuple[Batch, capture.Measured]:

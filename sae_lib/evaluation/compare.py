@@ -43,6 +43,8 @@ class Comparison(NamedTuple):
     """Active latents per token and densities, by run."""
     projections: dict[str, dict[str, Any]]
     """Quality of a Johnson-Lindenstrauss projection, by run that has one."""
+    compression: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
+    """By run that has any: evals/compression.json, evals/compression_absorption.json, and bounds by ingredient."""
 
 
 def compare(p: params.Compare) -> Comparison:
@@ -68,7 +70,8 @@ def compare(p: params.Compare) -> Comparison:
     phases = {name: found for name in names if (found := _phases(name))}
     return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
                       p.frontier, parameters_apart(table, p.baseline), _each(distributions.sparsity, table),
-                      _each(distributions.projection, table))
+                      _each(distributions.projection, table),
+                      {name: found for name in names if any(found := _compression(name))})
 
 
 def parameters_apart(table: pd.DataFrame, baseline: str | None) -> dict[str, str]:
@@ -129,6 +132,20 @@ def _phases(name: str) -> list[dict[str, Any]]:
 def _each(measure: Callable[[str], Any], table: pd.DataFrame) -> dict[str, Any]:
     """Of the runs whose figures are results, those of which there is something."""
     return {name: found for name in results.results(table).run if (found := measure(name)) is not None}
+
+
+def _compression(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What a run's evaluations and ingredients say of shares of its latents; nothing where it cannot be drawn."""
+    try:
+        run = runs.Run(name)
+        curve, absorption = (run.json(f"evals/{file}.json", {}) for file in ("compression", "compression_absorption"))
+        fine = all({"ratio", "interval"} <= set(row) for row in [*curve.get("curve", []),
+                                                                 *absorption.get("by_ratio", [])])
+        measured = run.json("training.json", {}).get("measured") or {}
+        bounds = {part: found["bound"] for part, found in measured.items() if isinstance(found.get("bound"), dict)}
+        return (curve, absorption, bounds) if fine else ({}, {}, bounds)
+    except (runs.RunError, params.ParameterError, TypeError, AttributeError):
+        return {}, {}, {}
 
 
 def _export(folder: Path, name: str, frame: pd.DataFrame) -> None:

@@ -21,6 +21,8 @@ def hook_of(layer: int | None, asked: params.Train) -> str:
 def evaluate(p: params.Evaluate) -> dict[str, Any]:
     """Run ``p.evals`` on the run's SAE on held-out text; write evals/*.json and validity.json; return them by name.
 
+    With ``p.compression_ratios`` the SAE is measured with those shares of its latents too (``evaluation.compression``).
+
     With ``p.sae`` the SAE of that folder, made elsewhere, becomes the run first.
 
     An SAE whose weights are not finite is not evaluated: it is invalid already, and every figure would be NaN.
@@ -28,26 +30,40 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
     run = foreign_run.bring_in(p) if p.sae else runs.Run(p.run)
     with run.stage("03_eval"):
         asked = trained(run)
-        verdict = validity.update(run)
+        verdict, results = validity.update(run), {}
         if run.json("training.json")["nonfinite"]:
             print(f"not evaluated: {'; '.join(verdict.reasons)}")
-            results = {}
         else:
-            results = {"core": _core(p, run, asked)}
-        for name, result in results.items():
-            runs.write_json(run.path / "evals" / f"{name}.json", result)
+            sae, model = _loaded(p, run, asked)
+            results["core"] = _core(p, asked, sae, model)
+            runs.write_json(run.path / "evals/core.json", results["core"])
+            if p.compression_ratios:
+                results["compression"] = _compression(p, run, asked, sae, model)
+                runs.write_json(run.path / "evals/compression.json", results["compression"])
         verdict = validity.update(run)
         runs.write_json(run.path / "evals" / "done.json", {"evals": sorted(results), "status": verdict.status})
     return results
 
 
-def _core(p: params.Evaluate, run: runs.Run, asked: params.Train) -> dict[str, Any]:
-    from sae_lib.data import activations, language_model
-    from sae_lib.evaluation import saebench
+def _loaded(p: params.Evaluate, run: runs.Run, asked: params.Train):
+    """The run's SAE, and the whole model that it is evaluated in."""
+    from sae_lib.data import language_model
     from sae_lib.training.ingredients import load_sae
 
     site = hook_of(p.layer, asked)
     model = language_model.load(p.model or asked.model, hook=site, dtype="float32", device=p.device, whole=True)
-    sae = load_sae(run.path / "sae").to(model.device)
+    return load_sae(run.path / "sae").to(model.device), model
+
+
+def _core(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
+    from sae_lib.data import activations
+    from sae_lib.evaluation import saebench
+
     texts = activations.heldout_texts(asked)
     return saebench.core(sae, model, texts, p.eval_preset, context=asked.context, threads=p.threads)
+
+
+def _compression(p: params.Evaluate, run: runs.Run, asked: params.Train, sae, model) -> dict[str, Any]:
+    from sae_lib.evaluation import compression
+
+    return compression.compression(p, run, asked, sae, model)

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 from sae_lib import params, runs
 from sae_lib.data import activations
-from sae_lib.evaluation import foreign_run, validity
+from sae_lib.evaluation import compression, foreign_run, importance, validity
 from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
+from sae_lib.sae.kept import keep
 
 FIGURES = ("full_absorption", "fully_absorbed", "absorption_fraction", "splits")
 """Columns of the letters' table that are results, and missing where there is none."""
@@ -41,6 +42,8 @@ class Letters(NamedTuple):
     words: pd.DataFrame
     """The content of evals/absorption_words.parquet: one row per seed and test word."""
     verdict: validity.Verdict
+    by_ratio: dict[str, Any] = {}
+    """The content of evals/compression_absorption.json; empty where no ``absorption_ratios`` were asked for."""
 
 
 def evaluate(p: params.Letters) -> Letters:
@@ -53,27 +56,31 @@ def evaluate(p: params.Letters) -> Letters:
     with run.stage("04_letter_absorption"):
         asked = trained(run)
         verdict, folder = validity.update(run), run.path / "evals"
-        report, letters, words = {}, pd.DataFrame(), pd.DataFrame()
+        report, letters, words, by_ratio = {}, pd.DataFrame(), pd.DataFrame(), {}
         if run.json("training.json")["nonfinite"]:
             print(f"not evaluated: {'; '.join(verdict.reasons)}")
-            for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES):
+            for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES,
+                         "compression_absorption.json"):
                 (folder / name).unlink(missing_ok=True)
         else:
-            report, letters, words = _measure(p, run, asked)
+            report, letters, words, by_ratio = _measure(p, run, asked)
             verdict = validity.judge(run.json("training.json"), run.json("evals/core.json"), asked.role, report)
             report, letters, words = marked(report, letters, words, verdict)
             for name, frame in (("letters", letters), ("words", words)):
                 with runs.whole(folder / f"absorption_{name}.parquet") as temporary:
                     frame.to_parquet(temporary, index=False)
             runs.write_json(folder / "absorption.json", report)
+            if by_ratio:
+                by_ratio = compression.marked(by_ratio, verdict)
+                runs.write_json(folder / "compression_absorption.json", by_ratio)
         verdict = validity.update(run)
         runs.write_json(folder / "letters_done.json", {"evals": ["absorption"] * bool(report),
                                                        "status": verdict.status})
-    return Letters(run, report, letters, words, verdict)
+    return Letters(run, report, letters, words, verdict, by_ratio)
 
 
 def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
-    """The report before the gate, and the two tables, over all seeds."""
+    """The report before the gate, the two tables over all seeds, and absorption by share of latents kept."""
     from sae_lib.data import language_model
     from sae_lib.evaluation.saebench import adapter, letter_words
     from sae_lib.evaluation.saebench.absorption import absorption, sparse_batch
@@ -92,6 +99,11 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
     paper = p.absorption_preset == "paper"
     held_out = not paper or asked.spelling_share > 0
     found, materials, setup = {}, {}, 0.0
+
+    def ask(one, seed):
+        return absorption(one, materials[seed], tokenizer, bos_id, load, model=model, hook=site, seed=seed,
+                          vocabulary=words.vocabulary, preset=p.absorption_preset, device=str(device))
+
     with adapter.settings(p.threads):
         words = letter_words.choose(tokenizer, None if paper else p.absorption_words_per_letter, held_out)
         for seed in p.absorption_seeds:
@@ -100,9 +112,9 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
                 words, tokenizer, bos_id, load, identity=[info.identity, site, dtype, device.type],
                 d_model=info.d_model, seed=seed, mode=p.mode)
             setup += time.perf_counter() - began
-            found[seed] = absorption(sae, materials[seed], tokenizer, bos_id, load, model=model, hook=site, seed=seed,
-                                     vocabulary=words.vocabulary, preset=p.absorption_preset, device=str(device))
+            found[seed] = ask(sae, seed)
             print(f"seed {seed}: absorption measured, {time.perf_counter() - began:.0f} s", flush=True)
+        masked = _by_ratio(p, sae, asked, found, ask)
     config = {"preset": p.absorption_preset, "model": model, "model_identity": info.identity, "hook": site,
               "d_in": sae.d_in, "d_sae": sae.d_sae, "seeds": p.absorption_seeds, "words": len(words.tokens),
               "words_per_letter": None if paper else p.absorption_words_per_letter,
@@ -116,12 +128,47 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
     report = _report(found, config) | {
         "l0_words": _l0(sae, materials.values()), "seconds": round(time.perf_counter() - start, 2),
         "seconds_setup": round(setup, 2), "words_reused": all(m.reused for m in materials.values())}
-    letters = pd.concat([one.letters.assign(seed=seed) for seed, one in found.items()], ignore_index=True)
-    tested = pd.concat([one.words.assign(seed=seed) for seed, one in found.items()], ignore_index=True)
+    letters, tested = _tables(found)
     if report["metrics"]:
-        report["within_this_sae"] = {"level": LEVEL, "by": "bootstrap over words within letters; letters are fixed",
-                                     **{name: within(tested, letters, column) for name, column in BOOTSTRAP.items()}}
-    return report, letters, tested
+        report["within_this_sae"] = _within(tested, letters)
+    by_ratio = [{"ratio": ratio, "kept": kept} | _row(_report(one, config), *_tables(one))
+                for ratio, kept, one in masked]
+    curve = {"eval": "absorption by share of latents kept", "by_ratio": by_ratio, "config": report["config"],
+             "provenance": report["provenance"]}
+    return report, letters, tested, curve if by_ratio else {}
+
+
+def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any], ask):
+    """Each of ``p.absorption_ratios``, how many latents it keeps, and what ``ask`` finds by seed; of all, ``found``.
+
+    The latents kept are 03's: those of the largest mean over training tokens.
+    """
+    if not p.absorption_ratios:
+        return []
+    scores, rows = importance.of_run(sae, asked)[0].overall, []
+    for ratio in p.absorption_ratios:
+        kept, began = importance.most(scores, ratio), time.perf_counter()
+        part = keep(sae, kept.to(sae.W_dec.device))
+        rows.append((ratio, int(kept.sum()), found if kept.all() else {seed: ask(part, seed) for seed in found}))
+        print(f"{ratio:.0%} of the latents: absorption measured, {time.perf_counter() - began:.0f} s", flush=True)
+    return rows
+
+
+def _row(report: dict[str, Any], letters: pd.DataFrame, words: pd.DataFrame) -> dict[str, Any]:
+    """Of one share: means over letters with their intervals, how many letters, and why there is none."""
+    return {"metrics": report["metrics"], "interval": _within(words, letters) if report["metrics"] else {},
+            "letters": {seed: one["letters"] for seed, one in report["seeds"].items()}, "note": report["note"]}
+
+
+def _tables(found: dict[int, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Letters and words of all seeds."""
+    return tuple(pd.concat([getattr(one, name).assign(seed=seed) for seed, one in found.items()], ignore_index=True)
+                 for name in ("letters", "words"))
+
+
+def _within(words: pd.DataFrame, letters: pd.DataFrame) -> dict[str, Any]:
+    return {"level": LEVEL, "by": "bootstrap over words within letters; letters are fixed",
+            **{name: within(words, letters, column) for name, column in BOOTSTRAP.items()}}
 
 
 def _precision(asked: params.Train) -> str:

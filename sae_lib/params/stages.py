@@ -45,7 +45,7 @@ class Extract(Common):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the language model and of the store; auto times both."""
     corpus: str | dict[str, float] = "news"
-    """One source or weights per source: news, wikipedia, a file or folder, or a hub data set."""
+    """One source or weights per source: news, wikipedia, newsgroups_<topic>, a file or folder, or a hub data set."""
     corpus_column: str = "text"
     """Column of a data set, parquet or JSONL that holds the text."""
     corpus_split: str = "train"
@@ -171,6 +171,12 @@ class Train(Extract):
         return [part.strip() for part in value.split(";") if part.strip()] if isinstance(value, str) else value
 
 
+def _ratios(value: list[float]) -> list[float]:
+    if not all(0 < ratio <= 1 for ratio in value) or len(set(value)) < len(value):
+        raise ValueError("shares of the latents are wanted, each above 0 and at most 1, and each once")
+    return sorted(value, reverse=True)
+
+
 class Evaluate(Common):
     """03_eval: SAEBench and our own measures of one SAE."""
 
@@ -178,6 +184,8 @@ class Evaluate(Common):
     """SAEBench evaluations to run."""
     eval_preset: Literal["smoke", "default", "paper"] = "default"
     """How much text: smoke, default, or paper (SAEBench's own amounts)."""
+    compression_ratios: list[float] = []
+    """Shares of the latents to keep, the most important ones, each measured in turn; empty measures none."""
     model: str | None = None
     """The model that evaluates; None takes the one that the SAE was trained on."""
     layer: int | None = Field(None, ge=0)
@@ -186,6 +194,11 @@ class Evaluate(Common):
     """Folder of an SAE made elsewhere (SAELens, dictionary_learning, sparsify); None takes the run's own."""
     activations: str = "auto"
     """With `sae`: the store whose held-out part it is measured on; auto finds the one of the model and layer."""
+
+    @field_validator("compression_ratios")
+    @classmethod
+    def _ratios_are_shares(cls, value):
+        return _ratios(value)
 
 
 class Letters(Common):
@@ -197,6 +210,8 @@ class Letters(Common):
     """Seeds of the evaluation itself: prompts, split of the words, probes."""
     absorption_words_per_letter: int = Field(250, ge=20)
     """Words of a letter at most, training and test."""
+    absorption_ratios: list[float] = []
+    """Shares of the latents to keep, the most important ones, absorption measured for each; empty measures none."""
     model: str | None = None
     """The model that evaluates; None takes the one that the SAE was trained on."""
     layer: int | None = Field(None, ge=0)
@@ -205,6 +220,11 @@ class Letters(Common):
     """Folder of an SAE made elsewhere (SAELens, dictionary_learning, sparsify); None takes the run's own."""
     activations: str = "auto"
     """With `sae`: the store whose held-out part it is measured on; auto finds the one of the model and layer."""
+
+    @field_validator("absorption_ratios")
+    @classmethod
+    def _ratios_are_shares(cls, value):
+        return _ratios(value)
 
     @field_validator("absorption_seeds")
     @classmethod

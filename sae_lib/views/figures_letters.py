@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
+from sae_lib.views import figures_compression
 from sae_lib.views.figures import caption
 from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress
 
@@ -29,8 +30,13 @@ def all_figures(found) -> dict[str, go.Figure]:
     cap = "every word" if config["words_per_letter"] is None else f"at most {config['words_per_letter']} words a letter"
     text = caption(found.run.name, {"provenance": found.report["provenance"] | {"seed": found.run.params["seed"]}})
     text += f"; evaluation seeds {', '.join(map(str, config['seeds']))}, {cap}, model in {config['dtype']}"
-    return {"letter_absorption": letter_absorption(found.letters, found.report, found.run.name, text),
-            "split_latents": split_latents(found.letters, found.report, found.run.name, text)}
+    drawn = {"letter_absorption": letter_absorption(found.letters, found.report, found.run.name, text),
+             "split_latents": split_latents(found.letters, found.report, found.run.name, text)}
+    if found.by_ratio:
+        kept = figures_compression.Kept(found.run.name, {}, found.by_ratio, {})
+        drawn["absorption_by_latents_kept"] = figures_compression.curves(
+            [kept], text, figures_compression.ABSORPTION, "Absorption against the share of latents kept")
+    return drawn
 
 
 def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str = "", caption: str = "") -> go.Figure:

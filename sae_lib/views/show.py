@@ -42,7 +42,7 @@ def figure(fig: go.Figure, name: str, *, folder: Path, mode: str) -> None:
 
 def figures(named: dict[str, go.Figure], *, folder: Path, mode: str) -> None:
     """The same for several figures with one start of the browser."""
-    pictures = write(named, folder)
+    pictures = write(named, folder) if named else {}
     for name, fig in named.items():
         if mode == "live":
             display(fig)

@@ -136,9 +136,13 @@ def _check(sae, lm, preset: str, context: int) -> None:
 
 
 def _blocks(lm, texts: list[str], wanted: Batches, context: int) -> Tensor:
-    """Token blocks (N, context), each led by BOS, cut as SAEBench cuts text, but never one twice.
+    return packed(lm, texts, wanted.blocks, context)
 
-    Documents are shuffled once by SEED, joined with BOS between them; no more than the preset wants are made.
+
+def packed(lm, texts: list[str], most: int, context: int) -> Tensor:
+    """Token blocks (N, context), each led by BOS, cut as SAEBench cuts text, but never one twice; ``most`` at most.
+
+    Documents are shuffled once by SEED and joined with BOS between them; no more than are wanted are made.
     """
     from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 
@@ -147,8 +151,15 @@ def _blocks(lm, texts: list[str], wanted: Batches, context: int) -> Tensor:
     ids = (torch.tensor(encode(texts[i], add_special_tokens=False, verbose=False)["input_ids"]) for i in order)
     cut = concat_and_batch_sequences((t for t in ids if len(t)), context, begin_batch_token_id=lm.bos_id,
                                      sequence_separator_token_id=lm.bos_id)
-    blocks = [block for _, block in zip(range(wanted.blocks), cut)]
+    blocks = [block for _, block in zip(range(most), cut)]
     return torch.stack(blocks) if blocks else torch.empty(0, context, dtype=torch.long)
+
+
+def left_out(model) -> Tensor:
+    """Ids that SAEBench leaves out of every mean: padding, EOS and BOS of a HookedTransformer's tokenizer."""
+    tokenizer = model.tokenizer
+    special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    return torch.tensor(sorted(special), device=model.W_E.device)
 
 
 def _dtype(lm) -> str:
@@ -161,9 +172,7 @@ class Seen:
     def __init__(self, model):
         self.model = model
         """Knows the tokens (B, T) that it is reading."""
-        tokenizer = model.tokenizer  # SAEBench leaves out the same three
-        special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
-        self.special = torch.tensor(sorted(special), device=model.W_E.device)
+        self.special = left_out(model)
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.kept = self.positions = 0

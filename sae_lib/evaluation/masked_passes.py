@@ -1,0 +1,144 @@
+"""Masks of one SAE through the whole model: sums by block of text, from which every figure and its interval follow.
+
+The model alone (its loss as it is, and with the activation ablated) runs once for all masks. N blocks of T tokens,
+width D, M masks. As in SAEBench core, padding, EOS and BOS keep their activation and count in no mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.evaluation.rerun import Rerun, file_of
+from sae_lib.evaluation.saebench import left_out
+from sae_lib.evaluation.saebench.adapter import settings
+from sae_lib.evaluation.sharing import all_cores, alone
+from sae_lib.progress import progress
+from sae_lib.sae.context import Context
+from sae_lib.sae.kept import keep
+
+DRAWS, LEVEL = 1000, 0.95
+BATCH = 8
+"""Blocks that the model reads at once."""
+
+
+class Sums(NamedTuple):
+    """Sums over each block's tokens, float64; NaN for a mask that was not measured on a block."""
+
+    clean: np.ndarray
+    """(N,) cross-entropy of the model as it is, nats."""
+    ablated: np.ndarray
+    """(N,) cross-entropy with the activation 0 everywhere."""
+    rows: np.ndarray
+    """(N,) tokens that are no special ones."""
+    total: np.ndarray
+    """(N, D) sum of their activations."""
+    squares: np.ndarray
+    """(N,) sum of their squared norms."""
+    loss: np.ndarray
+    """(M, N) cross-entropy with the masked SAE's reconstruction in place."""
+    error: np.ndarray
+    """(M, N) sum of |x - x_hat|^2."""
+    active: np.ndarray
+    """(M, N) sum of active latents."""
+
+    def figures(self, mask: int, chosen: list[bool]) -> dict[str, Any]:
+        """Explained variance, loss recovered and L0 of a mask over the chosen blocks (N,), with intervals.
+
+        The interval is a bootstrap over blocks; null where there are fewer than two.
+        """
+        own = np.flatnonzero(chosen)
+        once = np.ones((1, len(own)))
+        values = {name: float(found[0]) for name, found in self._of(mask, own, once).items()}
+        drawn = np.random.default_rng(0).multinomial(len(own), once[0] / len(own), size=DRAWS).astype(float)
+        edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        spread = self._of(mask, own, drawn) if len(own) > 1 else {}
+        interval = {name: np.nanquantile(spread[name], edges).tolist() if spread else None
+                    for name in ("explained_variance", "loss_recovered")}
+        return values | {"interval": interval}
+
+    def _of(self, mask: int, own: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """The figures (W,) of blocks counted as often as ``weights`` (W, n) say."""
+        rows = weights @ self.rows[own]
+        variance = weights @ self.squares[own] - np.square(weights @ self.total[own]).sum(1) / rows
+        gained = weights @ (self.ablated[own] - self.loss[mask, own])
+        return {"explained_variance": 1 - (weights @ self.error[mask, own]) / variance,
+                "loss_recovered": gained / (weights @ (self.ablated[own] - self.clean[own])),
+                "l0": (weights @ self.active[mask, own]) / rows}
+
+
+@torch.no_grad()
+def run(sae, lm, blocks: Tensor, corpora: list[str], masks: list[tuple[Tensor, set[str]]], *, threads: int = 0,
+        mode: str = "batch") -> Sums:
+    """Sums of ``sae`` under each mask (F,) bool, on the blocks (N, T) whose corpus is among the mask's.
+
+    ``lm`` is a whole LanguageModel, read at its hook; what it computes without an SAE is kept for the next SAE.
+    """
+    masked = [(keep(sae, kept.to(sae.W_dec.device)), wanted) for kept, wanted in masks]
+    batches = [(name, places) for name in dict.fromkeys(corpora)
+               for places in torch.tensor([i for i, own in enumerate(corpora) if own == name]).split(BATCH)]
+    found = _empty(len(blocks), sae.d_in, len(masks))
+    file, hooked = file_of(lm, blocks), to_hooked(lm)
+    work = sum(len(wanted & {name}) for name in corpora for _, wanted in masks) * blocks.shape[1]
+    with settings(threads), contextlib.ExitStack() as held:
+        held.enter_context(alone(file, "streams of the model"))
+        model = Rerun(hooked, lm.hook, file)
+        if model.known:
+            held.close()
+        else:
+            held.enter_context(all_cores())
+        special, bar = left_out(model), held.enter_context(progress(work, "shares of the latents", mode))
+        for name, places in batches:
+            tokens = blocks[places].to(lm.device)
+            text = ~torch.isin(tokens, special)
+            _without_sae(model, lm.hook, tokens, text, found, places.numpy())
+            for number, (one, wanted) in enumerate(masked):
+                if name in wanted:
+                    _with_sae(model, lm.hook, tokens, text, one, found, number, places.numpy())
+                    bar.advance(tokens.numel())
+        model.save()
+    return found
+
+
+def _empty(blocks: int, width: int, masks: int) -> Sums:
+    one, several = np.zeros(blocks), np.full((masks, blocks), np.nan)
+    return Sums(one, one.copy(), one.copy(), np.zeros((blocks, width)), one.copy(), several, several.copy(),
+                several.copy())
+
+
+def _summed(values: Tensor, text: Tensor) -> np.ndarray:
+    """(B,) sums of ``values`` (B, T or T - 1) over the tokens that count; a loss is that of predicting the next one."""
+    return torch.where(text[:, :values.shape[1]], values.double(), 0).sum(1).cpu().numpy()
+
+
+def _without_sae(model, hook: str, tokens: Tensor, text: Tensor, found: Sums, place: np.ndarray) -> None:
+    """The model's own losses, and the activations' moments, into ``found``."""
+    _, loss = model(tokens, return_type="both", loss_per_token=True)
+    found.clean[place] = _summed(loss, text)
+
+    def removed(x, hook):
+        kept = x.double() * text[..., None]
+        found.rows[place], found.total[place] = text.sum(1).cpu().numpy(), kept.sum(1).cpu().numpy()
+        found.squares[place] = kept.square().sum((1, 2)).cpu().numpy()
+        return torch.zeros_like(x)
+
+    _, loss = model.run_with_hooks(tokens, return_type="both", fwd_hooks=[(hook, removed)], loss_per_token=True)
+    found.ablated[place] = _summed(loss.expand(len(tokens), -1), text)
+
+
+def _with_sae(model, hook: str, tokens: Tensor, text: Tensor, sae, found: Sums, mask: int, place: np.ndarray) -> None:
+    """Loss, error and active latents with the reconstruction in place, into ``found``."""
+    def replaced(x, hook):
+        ctx = sae.run(Context(sae, x.flatten(0, 1).float() * sae.input_scale))
+        x_hat = (ctx.reconstruction / sae.input_scale).view_as(x)
+        found.error[mask, place] = _summed((x.double() - x_hat.double()).square().sum(-1), text)
+        found.active[mask, place] = _summed(ctx.codes.csr().offsets.diff().view(tokens.shape), text)
+        return torch.where(text[..., None], x_hat.to(x.dtype), x)
+
+    _, loss = model.run_with_hooks(tokens, return_type="both", fwd_hooks=[(hook, replaced)], loss_per_token=True)
+    found.loss[mask, place] = _summed(loss, text)
