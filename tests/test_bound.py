@@ -40,7 +40,7 @@ def test_it_holds_for_a_trained_run(trained):
     assert found["decoded"] == {"violations": 0, "worst": pytest.approx(0, abs=1e-12)}
     assert 0 < found["tightness"]["worst"] <= found["tightness"]["mean"] <= 1
     assert found["tightness"]["mean"] <= found["tightness_decoded"]["mean"] <= 1
-    against = found["against_ratio"]
+    against = found["by_ratio"]
     assert [entry["ratio"] for entry in against] == sorted(entry["ratio"] for entry in against)
     assert against[-1]["mean"] == pytest.approx(1) and against[-1]["bound"] == pytest.approx(against[-1]["measured"])
     assert all(entry["measured"] <= entry["bound"] for entry in against)

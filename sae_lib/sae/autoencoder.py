@@ -79,7 +79,7 @@ class SparseAutoencoder(nn.Module):
         ctx.selected = ctx.codes
         for hook in self.hooks:
             ctx.codes = hook.transform(ctx.codes, ctx)
-        if self.hooks:
+        if self.hooks and not (ctx.training and self.architecture.silent_entries):
             ctx.codes = ctx.codes.compact()
         ctx.decoded, ctx.rows = ctx.codes, self.W_dec
         for hook in self.hooks:

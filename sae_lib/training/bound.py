@@ -38,7 +38,7 @@ def check(sae: SparseAutoencoder, x: Tensor, mask: Tensor, skip: float) -> dict[
 
     ``mask`` (F,) or (L, F) and ``skip`` are what is declared. f and x_hat' come from the SAE's own forward pass, in
     float64; f' is computed here. ``holds`` asks four things, each to 1e-5: rows of unit norm, x_hat' the decoded f',
-    and both inequalities on every token. ``against_ratio`` has the tightness for the most important latents alone
+    and both inequalities on every token. ``by_ratio`` has the tightness for the most important latents alone
     (by mean activation on ``x``), without a skip.
     """
     sae = _double(sae)
@@ -63,7 +63,7 @@ def check(sae: SparseAutoencoder, x: Tensor, mask: Tensor, skip: float) -> dict[
     return {"holds": holds and not found["decoded"]["violations"] and not found["summed"]["violations"],
             "tokens": len(x), **found, "tightness": _tightness(measured, bound),
             "tightness_decoded": _tightness(measured, middle),
-            "against_ratio": _against_ratio(sae, x, torch.cat(codes))}
+            "by_ratio": _by_ratio(sae, x, torch.cat(codes))}
 
 
 def _violations(left: Tensor, right: Tensor) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _tightness(measured: Tensor, bound: Tensor) -> dict[str, float]:
     return {"mean": float(ratio.mean()), "worst": float(ratio.min())}
 
 
-def _against_ratio(sae, x: Tensor, codes: Tensor) -> list[dict[str, float]]:
+def _by_ratio(sae, x: Tensor, codes: Tensor) -> list[dict[str, float]]:
     """Tightness with a hard mask of each of ``RATIOS``; the latents between two ratios are decoded once."""
     order = codes.mean(0).argsort(descending=True)
     left = x * sae.input_scale - sae.b_dec

@@ -35,6 +35,8 @@ class Architecture:
     """Which of the vectors are in units of pre-activations."""
     learnt: ClassVar[frozenset[str]] = frozenset()
     """Which of the vectors the optimiser changes."""
+    silent_entries: ClassVar[bool] = False
+    """True where codes hold entries that are 0 in training, since a gradient flows through them."""
     reconstructions: ClassVar[frozenset[str]] = frozenset()
     """Names of terms that reconstruct too: others are measured beside them and the reconstruction."""
     lens: ClassVar[str | None] = None

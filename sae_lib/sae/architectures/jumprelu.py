@@ -32,6 +32,7 @@ class JumpReLU(SparsityControl, architectures.Architecture):
     weight_name = "l0_weight"
     starts_at = 10.0  # thresholds rise of themselves as latents are learnt, and no penalty brings them down again
     sparse = True
+    silent_entries = True  # of pre-activations just under their threshold
     learnt = scales_as_input = frozenset({"threshold"})
 
     def further(self, d_sae: int) -> dict[str, Tensor]:
