@@ -26,7 +26,7 @@ from train_step import Activations
 
 from sae_lib import params, runs
 from sae_lib.sae.codes import FixedK
-from sae_lib.sae.kernels import gram_schmidt
+from sae_lib.sae.kernels import cpu, gram_schmidt
 from sae_lib.training.trainer import Trainer
 
 PLAIN, FULL = "step, topk", "step, with gram_schmidt"
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of the process")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    cpu.same_threads()  # before numba's pool starts: its threads wait busily
     clock = time.process_time if asked.clock == "cpu" else time.perf_counter
     size = (*map(int, asked.size.split(",")), asked.latents)
     found = measure(steps(*size) | parts(*size), asked.rounds, asked.times, clock)
