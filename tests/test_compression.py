@@ -254,6 +254,14 @@ def test_before_training_and_while_warming_up_the_mask_is_one():
     assert part.idle().sum() == 2
 
 
+@pytest.mark.parametrize("begin, says", [(10_000, ["schedule unfinished: bounded_mask.begin"]), (40, [])])
+def test_a_warm_up_in_steps_that_the_run_does_not_reach_is_said(begin, says):
+    """As in the study: 8000 steps of warm-up in a run of 2441, so that there never was a mask."""
+    result, verdict, _ = train(samples=256 * 100, ingredients=[{"name": "bounded_mask", "ratio": 0.5, "begin": begin}])
+    assert verdict.flags == says
+    assert result.report["idle_share"] == (0 if says else 0.5)
+
+
 def test_the_dynamic_ratio_follows_what_carries_the_importance():
     entry = {"name": "bounded_mask", "ratio": "dynamic", "bounds": [0.2, 0.6], "share": 0.9}
     kind, config = configured(check("train", {"ingredients": [entry]}))[0]

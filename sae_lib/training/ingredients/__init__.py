@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from sae_lib.params import ParameterError, nearest
@@ -30,6 +30,17 @@ class IngredientConfig(BaseModel):
     """Base of every ingredient's typed configuration: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class PairsConfig(IngredientConfig):
+    """Base of a term over pairs of decoder rows: which pairs it sees (``pair_sum.mean_over_latents``)."""
+
+    pairs: Literal["active", "all"] = "active"
+    """active: latents that fired in the batch, in random chunks; all: every pair, exact."""
+    chunk: int = Field(128, ge=2)
+    """Latents of a chunk (active) or rows of a block (all)."""
+    chunks: int = Field(16, ge=1)
+    """Chunks of a step at most (active): of a larger partition so many are drawn."""
 
 
 class Ingredient:
@@ -109,8 +120,8 @@ class Ingredient:
 
     def log(self, ctx: Context) -> dict[str, float]:
         """Values worth a column in the history: by default those of the schedules that move."""
-        return {f"value/{self.name}.{key}": self.at(key, ctx) for key, schedule in self.schedules().items()
-                if schedule.kind != "constant"}
+        return {f"value/{self.name}.{key}": schedule(ctx.step, ctx.total_steps)
+                for key, schedule in self.schedules().items() if schedule.kind != "constant"}
 
     def measures(self, sae: SparseAutoencoder, x: Tensor) -> dict[str, Any]:
         """What is worth knowing at the end, measured on held-out activations (N, D): a part of training.json."""

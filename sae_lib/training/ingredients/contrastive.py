@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from sae_lib.training.ingredients import Ingredient, IngredientConfig, ingredient
+from sae_lib.training.ingredients import Ingredient, PairsConfig, ingredient
 from sae_lib.training.ingredients.utilisation import overuse
 from sae_lib.training.pair_sum import mean_over_latents
 from sae_lib.training.schedules import Schedule, Scheduled
 
 
-class Config(IngredientConfig):
+class Config(PairsConfig):
     """Weight and threshold are numbers or schedules."""
 
     weight: Scheduled = Schedule(start=1.0)
@@ -28,11 +27,6 @@ class Config(IngredientConfig):
     """jl: of the projections that the ingredient jl_similarity draws."""
     by_use: bool = True
     """Over-used latents repel more: a pair counts by the mean of its latents' utilisation beside the average's."""
-    pairs: Literal["active", "all"] = "active"
-    """active: latents that fired in the batch, in random chunks; all: every pair, exact."""
-    chunk: int = Field(128, ge=2)
-    chunks: int = Field(16, ge=1)
-    """Chunks of a step at most (active)."""
 
 
 @ingredient("contrastive", Config)

@@ -35,11 +35,6 @@ class JLSimilarity(Ingredient):
         dims = drawn.shape[1]
         self.state = {"projection": (torch.linalg.qr(drawn).Q * math.sqrt(d_in / dims)).float()}
 
-    @classmethod
-    def refuses(cls, config, p) -> str | None:
-        """Nothing to refuse: more dimensions than the model has are all of them."""
-        return None
-
     def before_step(self, ctx) -> None:
         """Publish the projection."""
         ctx.own["projection"] = self.state["projection"]

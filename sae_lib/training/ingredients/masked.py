@@ -38,8 +38,8 @@ class MaskConfig(IngredientConfig):
     """Of the exponential average (ema)."""
     window: int = Field(16_384, ge=64, multiple_of=64)
     """Tokens of the ring of bits (activity)."""
-    begin: float = Field(0.0, ge=0, lt=1)
-    """Fraction of training before which the mask is 1."""
+    begin: float = Field(0.0, ge=0)
+    """Fraction of training before which the mask is 1; steps where it is above 1, as the study counted."""
 
     @field_validator("ratio", "skip")
     @classmethod
@@ -74,6 +74,14 @@ class Masked(Ingredient):
         listed = [entry.get("name") for entry in p.ingredients if entry.get("name") in MASKS]
         return f"one mask at a time; {', '.join(listed)} are listed" if len(listed) > 1 else None
 
+    def warm_up(self) -> Schedule:
+        """0 while the mask is still 1 throughout."""
+        return Schedule(kind="step", start=0.0, end=1.0, finish=self.config.begin)
+
+    def schedules(self) -> dict[str, Schedule]:
+        """With the warm-up: a run that ends before it never had a mask."""
+        return super().schedules() | ({"begin": self.warm_up()} if self.config.begin else {})
+
     def masks(self, ratio: float) -> Tensor:
         """(L, F) by the importance in ``state``, with a gradient where something is learnt."""
         raise TypeError(f"'{self.name}' defines no masks()")
@@ -99,7 +107,8 @@ class Masked(Ingredient):
             else:
                 beta = self.config.beta if self.config.importance == "ema" else ctx.step / (ctx.step + 1)
                 importance.lerp_(masks.totals(codes) / masks.tokens(codes), 1 - beta)
-        warm = ctx.progress < self.config.begin or not bool(importance.any())
+        waits = bool(self.config.begin) and not self.warm_up()(ctx.step, ctx.total_steps)
+        warm = waits or not bool(importance.any())
         ratio = 1.0 if warm else self.ratio(ctx)
         mask = torch.ones_like(self.state["mask"]) if warm else self.masks(ratio)
         with torch.no_grad():

@@ -6,18 +6,15 @@ c_ij = sigmoid((s(p) |cos_ij| - tau(p)) / T), T = max(tau(p) / 5, 0.005), or c =
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from sae_lib.training.ingredients import Ingredient, IngredientConfig, ingredient
+from sae_lib.training.ingredients import Ingredient, PairsConfig, ingredient
 from sae_lib.training.pair_sum import mean_over_latents
 from sae_lib.training.schedules import Schedule, Scheduled
 
 
-class Config(IngredientConfig):
+class Config(PairsConfig):
     """Each of weight, threshold and scale is a number or a schedule."""
 
     weight: Scheduled = Schedule(start=0.05)
@@ -27,12 +24,6 @@ class Config(IngredientConfig):
     scale: Scheduled = Schedule(start=1.0)
     """s(p), on |cos| before the threshold."""
     gradient_through_competition: bool = False
-    pairs: Literal["active", "all"] = "active"
-    """active: latents that fired in the batch, in random chunks; all: every pair, exact."""
-    chunk: int = Field(128, ge=2)
-    """Latents of a chunk (active) or rows of a block (all)."""
-    chunks: int = Field(16, ge=1)
-    """Chunks of a step at most (active): of a larger partition so many are drawn."""
 
 
 @ingredient("progressive_orthogonality", Config)
