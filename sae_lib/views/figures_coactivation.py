@@ -27,7 +27,8 @@ def overview(cells: np.ndarray, measure: str, order: str, n_latents: int, latent
                     marker={"symbol": "circle-open", "size": 14, "color": COLOURS[1], "line": {"width": 3}},
                     hovertemplate=f"latent {latent}<extra></extra>")
     what = f"difference from {difference}, mean over matched pairs" if difference else f"mean over {per_cell}"
-    name = f"{_capital(measure)} of all pairs" + (f": {title}" if title else "")
+    name = f"{_capital(measure)} of all pairs" + (", a difference" if difference else "")
+    name += f": {title}" if title else ""
     caption += f"<br>A cell: {what if difference else what + ' x ' + str(per_cell) + ' latents'}"
     return dress(fig, name, caption + ("; white: 0" if measure in LOG["overview"] and not difference else ""),
                  width=720, height=760, top=70, side=90)
@@ -85,7 +86,9 @@ def _heat(values, x, y, measure: str, difference: str, kind: str) -> go.Heatmap:
     finite = logs[np.isfinite(logs)]
     low, high = (float(np.quantile(finite, 0.01)), float(finite.max())) if finite.size else (0.0, 1.0)
     low = min(low, high - 0.5)
-    ticks = np.arange(np.ceil(low), np.floor(high) + 1) if high - low >= 1.5 else np.linspace(low, high, 4)
+    ticks = np.arange(np.ceil(low), np.floor(high) + 1)
+    if len(ticks) < 2:  # powers of ten are too far apart
+        ticks = np.linspace(low, high, 4)
     text = [f"{10 ** tick:.2g}" for tick in ticks]
     return go.Heatmap(z=logs, x=x, y=y, hovertemplate=power, colorscale="YlGnBu", zmin=low, zmax=high,
                       colorbar=bar | {"tickvals": ticks, "ticktext": text})
