@@ -43,15 +43,16 @@ def sparsity(found: dict[str, Sparsity], table: pd.DataFrame, caption: str = "")
     fig.update_xaxes(title="Density (share of tokens that fire it, log)", type="log", dtick=1,
                      exponentformat="power", row=1, col=2)
     fig.update_yaxes(title="Share of tokens per L0", row=1, col=1)
-    fig.update_yaxes(title="Share of latents per third of a decade", row=1, col=2)
+    fig.update_yaxes(title="Share of latents per bin", row=1, col=2)
     rows = -(-len(kept) // 3)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.1, "yanchor": "bottom"})
     if not len(kept):
         fig.add_annotation(text="no run here is a result that keeps its latents", showarrow=False, xref="paper",
                            yref="paper", x=0.5, y=0.5, font_size=18)
     never = "; ".join(f"{names[run].rpartition('-s')[0] or names[run]} {found[run].never:.1%}" for run in kept.run)
-    caption = f"latents that fire on none of the held-out tokens: {never or 'none'}<br>{caption}"
-    return dress(fig, "Activation sparsity", caption, width=1040, height=480 + 24 * rows, top=110 + 24 * rows)
+    caption = (f"bins of density: a third of a decade; latents that fire on none of the held-out tokens: "
+               f"{never or 'none'}<br>{caption}")
+    return dress(fig, "Activation sparsity", caption, width=1040, height=560 + 30 * rows, top=100 + 30 * rows)
 
 
 def projection(found: dict[str, dict[str, Any]], caption: str = "") -> go.Figure:
@@ -65,7 +66,9 @@ def projection(found: dict[str, dict[str, Any]], caption: str = "") -> go.Figure
                             line=style(number) | {"shape": "hvh"}, name=run.rpartition("/")[2], legendgroup=run,
                             showlegend=col == 1, row=1, col=col)
     first = next(iter(found.values()))
-    bound, noise, threshold = first["eps"], first["cosine_noise"]["std"], first.get("threshold")
+    bound, noise = first["eps"], first["cosine_noise"]["std"]
+    thresholds = [own["threshold"] for own in found.values() if own.get("threshold") is not None]
+    threshold = max(thresholds, default=None)
     promised = f"promised for all pairs of F rows: within ±{bound:.2f}"
     for side in (-1, 1):
         if bound < 1:
