@@ -91,7 +91,7 @@ def _rows(parameter: Tensor, grad: Tensor, *state: Tensor) -> list[np.ndarray]:
     return [part.numpy() if part.dim() == 2 else part.numpy()[None] for part in parts]
 
 
-def _update_by_torch(p, first, second, rate, second_scale, scale, unit, rates) -> None:
+def _update_by_torch(p, first, second, rate, second_scale, scale, unit, rates=None) -> None:
     grad = p.grad * scale
     first.lerp_(grad, 1 - BETA1)
     second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
