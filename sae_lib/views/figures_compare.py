@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
-from sae_lib.views.template import GREY, dress, mark, style
+from sae_lib.views.template import GREY, GREY_INK, dress, mark, style
 
 TABLE = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2",
          "mean_full_absorption_score")
@@ -173,7 +173,7 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
             for row, ok in zip(table.itertuples(), valid)]
     cells = [runs, said]
     cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], measured)] for name in columns]
-    ink = [["#111111" if ok else "#777777" for ok in valid]] * len(head)
+    ink = [["#111111" if ok else GREY_INK for ok in valid]] * len(head)
     fig = go.Figure(go.Table(
         columnwidth=[2.2, 3, *[1.5] * len(columns)],
         header={"values": [f"<b>{text}</b>" for text in head], "align": "left", "fill_color": "#E9EEF2",
@@ -226,4 +226,4 @@ def mark_apart(fig: go.Figure, bad: pd.DataFrame, names: dict[str, str], longest
         reason = reason if len(reason) <= longest else reason[:longest - 3] + "..."
         fig.add_scatter(y=[names[row.run]], x=[None], showlegend=False)
         fig.add_annotation(y=names[row.run], x=0.01, xref="paper", text=reason.replace("<", "&lt;"),
-                           showarrow=False, xanchor="left", font={"color": "#777777", "size": 12})
+                           showarrow=False, xanchor="left", font={"color": GREY_INK, "size": 12})
