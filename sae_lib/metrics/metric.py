@@ -54,6 +54,11 @@ class Metric(NamedTuple):
         return f"{self.label} <span style='font-size:13px'>({self.reading})</span>"
 
     @property
+    def stacked(self) -> str:
+        """The same on two lines, for a narrow panel."""
+        return self.panel.replace(" <span", "<br><span")
+
+    @property
     def axis(self) -> str:
         """The unit without its explanation, as an axis has room for."""
         return self.unit.partition(",")[0]

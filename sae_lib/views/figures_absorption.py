@@ -62,7 +62,7 @@ def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
     kept = table[main(table) | ((table.status == "valid") & (table.role != "null"))]
     variants = list(dict.fromkeys(table.variant))
     fig = make_subplots(rows=1, cols=len(CORE), horizontal_spacing=0.09,
-                        subplot_titles=[METRICS[n].panel for n in CORE])
+                        subplot_titles=[METRICS[n].stacked for n in CORE])
     names = labels(table)
     for number, variant in enumerate(variants):
         own = kept[kept.variant == variant].sort_values("l0")

@@ -153,8 +153,7 @@ def bound_tightness(runs: list[Kept], caption: str = "") -> go.Figure:
 # -- within ------------------------------------------------------------------------------------------------------
 
 def _panels(names: list[str]) -> go.Figure:
-    titles = [f"{METRICS[n].label}<br><span style='font-size:13px'>({METRICS[n].reading})</span>" for n in names]
-    return make_subplots(rows=1, cols=len(names), subplot_titles=titles,
+    return make_subplots(rows=1, cols=len(names), subplot_titles=[METRICS[n].stacked for n in names],
                          horizontal_spacing=0.36 / (1 + len(names)))
 
 

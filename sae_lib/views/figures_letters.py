@@ -20,6 +20,7 @@ from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress
 
 PANELS = (("full_absorption", "mean_full_absorption_score"),
           ("absorption_fraction", "mean_absorption_fraction_score"))
+PANEL_NAMES = tuple(METRICS[metric].label.lower() for _, metric in PANELS)
 
 
 def all_figures(found) -> dict[str, go.Figure]:
@@ -168,10 +169,11 @@ def by_letter(letters: pd.DataFrame) -> pd.DataFrame:
     first = letters.f1_by_k.map(lambda scores: scores[0] if isinstance(scores, (list, np.ndarray)) else np.nan)
     best = letters.f1_by_k.map(lambda scores: max(scores) if isinstance(scores, (list, np.ndarray)) else np.nan)
     return pd.DataFrame({
-        "seed": letters.seed, "letter": letters.letter, "full absorption": letters.full_absorption.astype(float),
-        "fully absorbed words": letters.fully_absorbed, "absorption fraction": letters.absorption_fraction,
-        "split latents": letters.splits, "true positives": letters.true_positives, "test words": letters.test_words,
-        "probe F1": letters.probe_f1, "F1 of the first latent": first, "best F1": best, "left out because": why})
+        "seed": letters.seed, "letter": letters.letter, PANEL_NAMES[0]: letters.full_absorption.astype(float),
+        "fully absorbed words": letters.fully_absorbed, PANEL_NAMES[1]: letters.absorption_fraction,
+        METRICS["mean_num_split_features"].label.lower(): letters.splits, "true positives": letters.true_positives,
+        "test words": letters.test_words, "probe F1": letters.probe_f1, "F1 of the first latent": first, "best F1": best,
+        "left out because": why})
 
 
 def absorbed(words: pd.DataFrame, most: int = 30) -> pd.DataFrame:

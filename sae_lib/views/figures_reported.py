@@ -65,11 +65,11 @@ def _table(records: list[Judged]) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows, grey = [], []
     for one in records:
         record = one.record
-        row = {"study": record.study, "run": record.run, "variant": record.variant, "status": one.status}
+        row = {"study": record.study, "run": record.run, "variant": record.variant, "status": one.status,
+               "what is wrong": one.wrong or "–"}
         row |= {METRICS[name].called: f"{record.figures[name]:.4g}" if name in record.figures else "–"
                 for name in names}
-        row |= {"letters": str(len(record.letters) or "–"), "what is wrong": one.wrong or "–",
-                "trained": _place(record), "as noted": record.note}
+        row |= {"letters": str(len(record.letters) or "–"), "trained": _place(record), "as noted": record.note}
         rows.append(row)
         faulty = {METRICS[name].called for name in names if one.faulty(name)}
         grey.append({key: one.status != "reported" or key in faulty for key in row})
@@ -92,9 +92,9 @@ def _plain(text: str) -> str:
     return text.replace("_", "\\_").replace("*", "\\*").replace("<", "&lt;")
 
 
-def all_figures(studies: list[Study], caption: str = "") -> dict[str, go.Figure]:
+def all_figures(studies: list[Study]) -> dict[str, go.Figure]:
     """A figure per study by file name."""
-    return {f"reported_{study.name.replace('-', '_')}": figure(study, caption) for study in studies}
+    return {f"reported_{study.name.replace('-', '_')}": figure(study) for study in studies}
 
 
 def panels(study: Study) -> list[str]:
@@ -103,15 +103,14 @@ def panels(study: Study) -> list[str]:
     return list(study.targets) or [name for name in PANELS if name in held][:MOST_PANELS]
 
 
-def figure(study: Study, caption: str = "") -> go.Figure:
+def figure(study: Study) -> go.Figure:
     """A panel a metric, a row a record: filled by its record, hollow from prose alone, a grey cross for no result.
 
     A dashed line is the study's own target. Nothing is averaged or ranked; rows are in the study's order.
     """
     names, rows = panels(study), {one.record.run: _label(one) for one in study.records}
     fig = make_subplots(rows=1, cols=len(names), shared_yaxes=True, horizontal_spacing=0.05, subplot_titles=[
-        f"{METRICS[name].label}<br><span style='font-size:13px'>({METRICS[name].reading}{_wanted(study, name)})</span>"
-        for name in names])
+        METRICS[name].stacked.replace(")</span>", f"{_wanted(study, name)})</span>") for name in names])
     for col, name in enumerate(names, 1):
         held = [one for one in study.records if name in one.record.figures]
         kinds = {"circle": [one for one in held if one.stands(name) and one.record.of[name] != "prose"],
@@ -133,8 +132,8 @@ def figure(study: Study, caption: str = "") -> go.Figure:
     name_rows(fig, list(rows.values()))
     text = "Figures of an earlier study, none measured here; filled: from an evaluation record; hollow: from prose " \
            "alone; grey crosses: no result, or not to be compared with the baseline (the table says why)"
-    return dress(fig, f"As reported: {study.name}", f"{text}; {caption}" if caption else text,
-                 width=290 + 290 * len(names), height=290 + 34 * len(rows), top=110, side=270)
+    return dress(fig, f"As reported: {study.name}", text, width=290 + 290 * len(names),
+                 height=290 + 34 * len(rows), top=110, side=270)
 
 
 def _wanted(study: Study, name: str) -> str:
