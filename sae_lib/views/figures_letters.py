@@ -172,8 +172,8 @@ def by_letter(letters: pd.DataFrame) -> pd.DataFrame:
         "seed": letters.seed, "letter": letters.letter, PANEL_NAMES[0]: letters.full_absorption.astype(float),
         "fully absorbed words": letters.fully_absorbed, PANEL_NAMES[1]: letters.absorption_fraction,
         METRICS["mean_num_split_features"].label.lower(): letters.splits, "true positives": letters.true_positives,
-        "test words": letters.test_words, "probe F1": letters.probe_f1, "F1 of the first latent": first, "best F1": best,
-        "left out because": why})
+        "test words": letters.test_words, "probe F1": letters.probe_f1, "F1 of the first latent": first,
+        "best F1": best, "left out because": why})
 
 
 def absorbed(words: pd.DataFrame, most: int = 30) -> pd.DataFrame:
