@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_lib.metrics import METRICS
+from sae_lib.metrics import METRICS, of_core
 from sae_lib.views.template import GREY, dress, style
 
 INERT, DOMINATING = 1e-3, 1.0
@@ -25,25 +25,22 @@ def caption(run: str, report: dict[str, Any]) -> str:
 
 def measures(report: dict[str, Any]) -> pd.DataFrame:
     """What training measured, one row per metric, with direction, unit and definition."""
-    return _explained({name: report[name] for name in METRICS if name in report})
+    return explained({name: report[name] for name in METRICS if name in report})
 
 
 def evaluation(results: dict[str, Any]) -> pd.DataFrame:
     """What the evaluations measured, one row per metric; all but explained variance by SAEBench's own code."""
     values = {name: result["metrics"].get(name) for result in results.values() if "metrics" in result
               for name in METRICS}
-    shown = _explained({name: value for name, value in values.items() if value is not None})
-    if len(shown):
-        ours = shown.metric == METRICS["explained_variance"].label
-        shown["source"] = shown.source.where(ours, "SAEBench core")
-    return shown
+    return explained({name if name == "explained_variance" else of_core(name): value for name, value in values.items()
+                      if value is not None})
 
 
-def _explained(values: dict[str, float]) -> pd.DataFrame:
-    rows = [{"metric": METRICS[name].label, "value": value, "reading": METRICS[name].reading,
-             "unit": METRICS[name].unit, "source": METRICS[name].source, "definition": METRICS[name].formula}
-            for name, value in values.items()]
-    return pd.DataFrame(rows)
+def explained(values: dict[str, float], **more: Any) -> pd.DataFrame:
+    """A row per metric with all that a reader must know of it; ``more`` are columns between, alike in every row."""
+    return pd.DataFrame([{"metric": METRICS[name].label, "value": value, "reading": METRICS[name].reading, **more,
+                          "unit": METRICS[name].unit, "range": METRICS[name].range, "source": METRICS[name].from_,
+                          "definition": METRICS[name].formula} for name, value in values.items()])
 
 
 def norm_histogram(manifest: dict[str, Any]) -> go.Figure:
@@ -73,8 +70,9 @@ def of_training(run: str, result) -> dict[str, go.Figure]:
 def training_curves(history: pd.DataFrame, title: str = "", caption: str = "", log: bool = True,
                     x: str = "step") -> go.Figure:
     """Six panels of one run: loss terms, gradient shares, explained variance, L0, dead share, learning rate."""
-    titles = ("Loss terms", "Gradient, beside the reconstruction's", "Explained variance (batch)", "L0", "Dead latents",
-              "Learning rate")
+    shown = ("explained_variance", "l0", "dead_share")
+    titles = ("Loss terms", "Gradient, beside the reconstruction's", f"{METRICS[shown[0]].label} (batch)",
+              *(METRICS[name].label for name in shown[1:]), "Learning rate")
     fig = make_subplots(rows=3, cols=2, subplot_titles=titles, horizontal_spacing=0.12, vertical_spacing=0.11)
     if history.empty:
         fig.add_annotation(text="no step was trained", showarrow=False, font_size=20, xref="paper", yref="paper",
@@ -94,8 +92,8 @@ def training_curves(history: pd.DataFrame, title: str = "", caption: str = "", l
                         text=[text, ""], textposition="top right", textfont={"size": 12, "color": "#555555"},
                         line={"color": GREY, "dash": "dot", "width": 1.5}, row=1, col=2)
     scale, said = ("log", " (log)") if log else ("linear", "")
-    units = ((f"Loss per token{said}", scale), (f"Share{said}", scale), ("Share", "linear"),
-             ("Latents per token", "linear"), ("Share of latents", "linear"), ("Step size", "linear"))
+    units = ((f"Loss per token{said}", scale), (f"Share{said}", scale),
+             *((METRICS[name].axis.capitalize(), "linear") for name in shown), ("Step size", "linear"))
     for number, (unit, kind) in enumerate(units):
         fig.update_yaxes(title=unit, type=kind, row=number // 2 + 1, col=number % 2 + 1)
     fig.update_xaxes(title="Step" if x == "step" else "Training samples", row=3)

@@ -18,7 +18,7 @@ def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: s
     names, kept = labels(table), main(table)
     null = (table.status == "null") & (table.role == "null") & table[list(metrics)].notna().all(axis=1)
     names |= {run: f"{names[run]}<br>(null baseline)" for run in table.run[null]}
-    titles = [f"{METRICS[n].label} <span style='font-size:13px'>({METRICS[n].reading})</span>" for n in metrics]
+    titles = [METRICS[n].panel for n in metrics]
     fig = make_subplots(rows=1, cols=len(metrics), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
     for number, metric in enumerate(metrics):
         fig.add_scatter(x=table[metric][kept], y=[names[run] for run in table.run[kept]], mode="markers", row=1,
@@ -28,22 +28,21 @@ def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: s
                         col=number + 1, showlegend=False,
                         marker={"size": 12, "color": GREY, "symbol": "diamond-open", "line": {"width": 2}})
         top = table[metric][kept | null].max()
-        fig.update_xaxes(title=METRICS[metric].unit, range=[0, 1.15 * top if top > 0 else 1], row=1, col=number + 1)
+        fig.update_xaxes(title=METRICS[metric].axis, range=[0, 1.15 * top if top > 0 else 1], row=1, col=number + 1)
     mark_apart(fig, table[~kept & ~null], names, longest=150 // (1 + len(metrics)))
     name_rows(fig, [names[run] for run in table.run])
     caption += "; hollow: null baseline, what the shape alone scores" if null.any() else ""
     return dress(fig, title, caption, width=1080, height=250 + 44 * len(table), top=110)
 
 
-MAPS = {"full_absorption": ("Full absorption", "share of words", "lower is better"),
-        "absorption_fraction": ("Absorption fraction", "mean share", "lower is better"),
-        "splits": ("Split latents", "latents", "lower is better")}
+MAPS = {"full_absorption": "mean_full_absorption_score", "absorption_fraction": "mean_absorption_fraction_score",
+        "splits": "mean_num_split_features"}
 
 
 def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = "",
                    column: str = "full_absorption") -> go.Figure:
     """A figure of each letter (columns) in each run (rows), mean over seeds; a gap: the letter was dropped."""
-    names, (label, unit, reading) = labels(table), MAPS[column]
+    names, metric = labels(table), METRICS[MAPS[column]]
     means = letters.assign(shown=pd.to_numeric(letters[column], errors="coerce")).pivot_table(
         index="run", columns="letter", values="shown", aggfunc="mean")
     # Bottom row first: with a categoryarray that turns them, plotly.js writes the numbers on other rows' colours.
@@ -51,10 +50,10 @@ def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = ""
     text = "%{z:.1f}" if column == "splits" else "%{z:.2f}"
     fig = go.Figure(go.Heatmap(z=means.to_numpy(), x=list(means.columns), y=[names[run] for run in means.index],
                                colorscale="Cividis", zmin=0, texttemplate=text, textfont={"size": 10},
-                               colorbar={"title": {"text": unit}}, hoverongaps=False))
+                               colorbar={"title": {"text": metric.axis}}, hoverongaps=False))
     fig.update_xaxes(title="First letter", type="category", showgrid=False)
     fig.update_yaxes(automargin=True, type="category")
-    return dress(fig, f"{label} by letter and run ({reading})", caption, width=1180,
+    return dress(fig, f"{metric.label} by letter and run ({metric.reading})", caption, width=1180,
                  height=260 + 40 * len(means), top=80)
 
 
@@ -63,7 +62,7 @@ def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
     kept = table[main(table) | ((table.status == "valid") & (table.role != "null"))]
     variants = list(dict.fromkeys(table.variant))
     fig = make_subplots(rows=1, cols=len(CORE), horizontal_spacing=0.09,
-                        subplot_titles=[f"{METRICS[n].label}<br>({METRICS[n].reading})" for n in CORE])
+                        subplot_titles=[METRICS[n].stacked for n in CORE])
     names = labels(table)
     for number, variant in enumerate(variants):
         own = kept[kept.variant == variant].sort_values("l0")
@@ -73,8 +72,8 @@ def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
                             showlegend=col == 1 and len(own) > 0, hovertext=own.run, row=1, col=col,
                             marker=mark(number) | {"opacity": 0.85})
     for col, metric in enumerate(CORE, 1):
-        fig.update_yaxes(title=METRICS[metric].unit, range=span(kept[metric]), row=1, col=col)
-    fig.update_xaxes(title="L0 (active latents per token)")
+        fig.update_yaxes(title=METRICS[metric].axis, range=span(kept[metric]), row=1, col=col)
+    fig.update_xaxes(title=METRICS["l0"].titled)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.22, "yanchor": "bottom"})
     return dress(fig, "Core against L0", caption, width=1180, height=540, top=170)
 

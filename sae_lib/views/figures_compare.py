@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
-from sae_lib.views.template import GREY, dress, mark, style
+from sae_lib.views.template import GREY, GREY_INK, dress, mark, style
 
 TABLE = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2",
          "mean_full_absorption_score")
@@ -69,7 +69,8 @@ def training_curves_by_run(histories: dict[str, pd.DataFrame], table: pd.DataFra
 
     One colour and dash per variant, seeds alike; runs that are not valid in grey.
     """
-    fig = make_subplots(rows=1, cols=2, subplot_titles=("Reconstruction loss", "Explained variance (batch)"),
+    variance = METRICS["explained_variance"]
+    fig = make_subplots(rows=1, cols=2, subplot_titles=("Reconstruction loss", f"{variance.label} (batch)"),
                         horizontal_spacing=0.1)
     names, variants, seen = labels(table), list(dict.fromkeys(table.variant)), set()
     kept = main(table)
@@ -90,7 +91,7 @@ def training_curves_by_run(histories: dict[str, pd.DataFrame], table: pd.DataFra
         seen.add(label)
     fig.update_xaxes(title="Training samples")
     fig.update_yaxes(title="Squared error per token (log)", type="log", row=1, col=1)
-    fig.update_yaxes(title="Share", row=1, col=2)
+    fig.update_yaxes(title=variance.axis, row=1, col=2)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.1, "yanchor": "bottom"})
     return dress(fig, "Training curves by run", caption, width=1080, height=560, top=140)
 
@@ -110,7 +111,7 @@ def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
 
     An axis never spans less than a twentieth of its values: differences in the fifth digit should look like it.
     """
-    titles = [f"{METRICS[n].label} <span style='font-size:13px'>({METRICS[n].reading})</span>" for n in PANELS]
+    titles = [METRICS[n].panel for n in PANELS]
     names, variants = labels(table), list(dict.fromkeys(table.variant))
     rows = 2 * 44 * len(variants)
     fig = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.06, shared_yaxes=True,
@@ -128,7 +129,7 @@ def compression_panels(table: pd.DataFrame, caption: str = "") -> go.Figure:
         fig.add_scatter(y=[places[variant] for variant in bad.variant], x=bad[name].clip(low, high), mode="markers",
                         hovertext=[f"{r.run}: {why(r)}".replace("<", "&lt;") for r in bad.itertuples()], **place,
                         showlegend=False, marker={"size": 11, "symbol": "x-thin", "line": {"width": 2, "color": GREY}})
-        fig.update_xaxes(title=METRICS[name].unit.partition(",")[0], range=[low, high], nticks=6, **place)
+        fig.update_xaxes(title=METRICS[name].axis, range=[low, high], nticks=6, **place)
     name_rows(fig, [places[variant] for variant in variants])
     extra = "; grey crosses: set apart"
     caption += extra if (~main(table)).any() else ""
@@ -165,15 +166,14 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
     table = pd.concat([table[main(table)], table[~main(table)]])
     measured = (table.status == "valid") | (table.status == "null")
     columns = [name for name in TABLE if name in table and table[name].notna().any()]
-    arrows = {1: " ↑", -1: " ↓", 0: ""}
     names, valid = labels(table), main(table)
-    head = ["run", "verdict", *(METRICS[name].label + arrows[METRICS[name].direction] for name in columns)]
+    head = ["run", "verdict", *(METRICS[name].heading for name in columns)]
     runs = [_wrapped(names[run].replace("_", "_ "), 22).replace("_ ", "_") for run in table.run]
     said = [_wrapped("valid" if ok else why(row), 31) + (f"<br><i>{_wrapped(row.flags, 31)}</i>" if row.flags else "")
             for row, ok in zip(table.itertuples(), valid)]
     cells = [runs, said]
     cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], measured)] for name in columns]
-    ink = [["#111111" if ok else "#777777" for ok in valid]] * len(head)
+    ink = [["#111111" if ok else GREY_INK for ok in valid]] * len(head)
     fig = go.Figure(go.Table(
         columnwidth=[2.2, 3, *[1.5] * len(columns)],
         header={"values": [f"<b>{text}</b>" for text in head], "align": "left", "fill_color": "#E9EEF2",
@@ -188,17 +188,16 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The table for the page: verdicts, then every metric with its direction; no figures of runs not valid."""
     shown = table[["run", "status", "reasons", "flags"]].rename(columns={"status": "verdict"})
-    arrows = {1: " (higher is better)", -1: " (lower is better)", 0: ""}
     for name, metric in METRICS.items():
         if name in table and table[name].notna().any():
-            shown[metric.label + arrows[metric.direction]] = table[name].where(table.status.isin(("valid", "null")))
+            shown[metric.called] = table[name].where(table.status.isin(("valid", "null")))
     return shown.assign(library=["another" if row.get("stale") is True else "" for _, row in table.iterrows()])
 
 
 def claims(differences: pd.DataFrame) -> pd.DataFrame:
     """The differences for the page: metrics by their labels and directions."""
-    labels = differences.metric.map(lambda name: f"{METRICS[name].label} ({METRICS[name].reading})")
-    return differences.assign(metric=labels)
+    return differences.assign(metric=differences.metric.map(
+        lambda name: f"{METRICS[name].label} ({METRICS[name].reading})"))
 
 
 def all_figures(comparison) -> dict[str, go.Figure]:
@@ -227,4 +226,4 @@ def mark_apart(fig: go.Figure, bad: pd.DataFrame, names: dict[str, str], longest
         reason = reason if len(reason) <= longest else reason[:longest - 3] + "..."
         fig.add_scatter(y=[names[row.run]], x=[None], showlegend=False)
         fig.add_annotation(y=names[row.run], x=0.01, xref="paper", text=reason.replace("<", "&lt;"),
-                           showarrow=False, xanchor="left", font={"color": "#777777", "size": 12})
+                           showarrow=False, xanchor="left", font={"color": GREY_INK, "size": 12})

@@ -76,7 +76,7 @@ def curves(runs: list[Kept], caption: str = "", metrics: tuple[str, ...] = (*CUR
             if len(held[name][number]):
                 _line(fig, held[name][number], number, run, {"row": 1, "col": col})
     for col, name in enumerate(panels, 1):
-        fig.update_yaxes(title=METRICS[name].unit.partition(",")[0], rangemode="tozero", row=1, col=col)
+        fig.update_yaxes(title=METRICS[name].axis, rangemode="tozero", row=1, col=col)
     fig.update_xaxes(title=SHARE, range=[0, 1.04], tickformat=".0%")
     _nothing(fig, runs)
     return _dressed(fig, title, _said(runs, f"{caption}; bars: 95 % within each SAE"),
@@ -153,8 +153,7 @@ def bound_tightness(runs: list[Kept], caption: str = "") -> go.Figure:
 # -- within ------------------------------------------------------------------------------------------------------
 
 def _panels(names: list[str]) -> go.Figure:
-    titles = [f"{METRICS[n].label}<br><span style='font-size:13px'>({METRICS[n].reading})</span>" for n in names]
-    return make_subplots(rows=1, cols=len(names), subplot_titles=titles,
+    return make_subplots(rows=1, cols=len(names), subplot_titles=[METRICS[n].stacked for n in names],
                          horizontal_spacing=0.36 / (1 + len(names)))
 
 

@@ -8,14 +8,15 @@ import plotly.graph_objects as go
 from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 
+from sae_lib.metrics import METRICS
 from sae_lib.views.figures_compare import labels, main, why
 from sae_lib.views.template import GREY, dress, style
 
-NAMES = {"l0": "L0", "dead_share": "Dead latents", "explained_variance": "Explained variance (batch)",
-         "lr": "Learning rate", "loss": "Loss, all terms", "grad_norm": "Norm of the gradient",
-         "samples_per_second": "Samples per second"}
-UNITS = {"l0": "Latents per token", "dead_share": "Share of latents", "explained_variance": "Share", "lr": "Step size",
-         "grad_norm": "Norm", "samples_per_second": "Samples / s"}
+NAMES = {"l0": METRICS["l0"].label, "dead_share": METRICS["dead_share"].label,
+         "explained_variance": f"{METRICS['explained_variance'].label} (batch)", "lr": "Learning rate",
+         "loss": "Loss, all terms", "grad_norm": "Norm of the gradient", "samples_per_second": "Samples per second"}
+UNITS = {**{name: METRICS[name].axis.capitalize() for name in ("l0", "dead_share", "explained_variance")},
+         "lr": "Step size", "grad_norm": "Norm", "samples_per_second": "Samples / s"}
 LOGGED = ("loss", "share")
 ORDER = ("loss", "loss/", "explained_variance", "l0", "dead_share", "share/")
 

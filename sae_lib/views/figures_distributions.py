@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.evaluation.distributions import Sparsity
+from sae_lib.metrics import METRICS
 from sae_lib.views.figures_compare import labels, main
 from sae_lib.views.template import COLOURS, GREY, dress, style
 
@@ -39,7 +40,7 @@ def sparsity(found: dict[str, Sparsity], table: pd.DataFrame, caption: str = "")
         middle = 10 ** ((own.edges[1:] + own.edges[:-1]) / 2)
         fig.add_scatter(x=middle, y=own.density, row=1, col=2, showlegend=False, **group,
                         hovertext=f"{own.never:.1%} fire on no token")
-    fig.update_xaxes(title="L0 (active latents per token)", row=1, col=1)
+    fig.update_xaxes(title=METRICS["l0"].titled, row=1, col=1)
     fig.update_xaxes(title="Density (share of tokens that fire it, log)", type="log", dtick=1,
                      exponentformat="power", row=1, col=2)
     fig.update_yaxes(title="Share of tokens per L0", row=1, col=1)

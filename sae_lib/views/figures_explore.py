@@ -25,8 +25,7 @@ def choices(table: pd.DataFrame) -> list[str]:
 def called(name: str) -> str:
     """An axis' name with its direction."""
     if name in METRICS:
-        metric = METRICS[name]
-        return metric.label + {1: " (higher is better)", -1: " (lower is better)", 0: ""}[metric.direction]
+        return METRICS[name].called
     return OTHERS.get(name) or name.replace("loss/", "Final loss: ").replace("share/", "Gradient share: ")
 
 
@@ -82,7 +81,7 @@ def _said(run: str, parameters: dict[str, str]) -> str:
 
 
 def _unit(name: str) -> str:
-    return f", {METRICS[name].unit.partition(',')[0]}" if name in METRICS else ""
+    return f", {METRICS[name].axis}" if name in METRICS else ""
 
 
 def _interval(differences: pd.DataFrame, own: pd.DataFrame, name: str) -> tuple[float, float] | None:

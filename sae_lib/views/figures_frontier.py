@@ -24,7 +24,7 @@ def frontier(comparison, caption: str = "") -> go.Figure:
     left_out = len(table) - sum(alike)
     table = table.assign(x=x)[alike].dropna(subset=["x"])
     panels = [name for name in PANELS if name in table and table[name].notna().any()] or ["explained_variance"]
-    titles = [f"{METRICS[n].label} <span style='font-size:13px'>({METRICS[n].reading})</span>" for n in panels]
+    titles = [METRICS[n].panel for n in panels]
     rows = -(-len(panels) // 2)
     fig = make_subplots(rows=rows, cols=min(2, len(panels)), subplot_titles=titles, horizontal_spacing=0.12,
                         vertical_spacing=0.16)
@@ -39,11 +39,11 @@ def frontier(comparison, caption: str = "") -> go.Figure:
             if len(means) > 1:
                 fig.add_scatter(x=means.x, y=means[name], mode="lines", line=style(number), legendgroup=head,
                                 showlegend=False, hoverinfo="skip", **at)
-    label = "L0 (active latents per token)" if along == "l0" else along
+    label = METRICS["l0"].titled if along == "l0" else along
     wide = len(table) and table.x.min() > 0 and table.x.max() > 8 * table.x.min()
     fig.update_xaxes(title=label + (", log" if wide else ""), type="log" if wide else "linear")
     for place, name in enumerate(panels):
-        fig.update_yaxes(title=METRICS[name].unit.partition(",")[0], row=place // 2 + 1, col=place % 2 + 1)
+        fig.update_yaxes(title=METRICS[name].axis, row=place // 2 + 1, col=place % 2 + 1)
     if left_out:
         caption += f"; {left_out} valid runs left out: they differ in more than {label}"
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.04 + 0.03 * (rows == 1), "yanchor": "bottom"})

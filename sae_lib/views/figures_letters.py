@@ -15,11 +15,12 @@ from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
 from sae_lib.views import figures_compression
-from sae_lib.views.figures import caption
+from sae_lib.views.figures import caption, explained
 from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress
 
-PANELS = (("full_absorption", "Full absorption", "mean_full_absorption_score"),
-          ("absorption_fraction", "Absorption fraction", "mean_absorption_fraction_score"))
+PANELS = (("full_absorption", "mean_full_absorption_score"),
+          ("absorption_fraction", "mean_absorption_fraction_score"))
+PANEL_NAMES = tuple(METRICS[metric].label.lower() for _, metric in PANELS)
 
 
 def all_figures(found) -> dict[str, go.Figure]:
@@ -45,16 +46,16 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
     Bars are means over seeds; the dotted line is the mean over letters, its interval a bootstrap over the words of
     this SAE's letters. A dropped letter says why.
     """
-    names = [f"{label} <span style='font-size:13px'>({METRICS[metric].reading}{_mean_text(report, metric)})</span>"
-             for _, label, metric in PANELS]
+    names = [METRICS[metric].panel.replace(")</span>", f"{_mean_text(report, metric)})</span>")
+             for _, metric in PANELS]
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.12, subplot_titles=names)
     seeds = list(dict.fromkeys(letters.seed))
-    for row, (column, label, metric) in enumerate(PANELS, 1):
+    for row, (column, metric) in enumerate(PANELS, 1):
         values = letters.assign(y=pd.to_numeric(letters[column], errors="coerce").astype(float))
         mean = values.groupby("letter").y.mean()
-        fig.add_bar(x=mean.index, y=mean, marker_color=COLOURS[row - 1], showlegend=False, name=label, row=row, col=1,
-                    text=["0" if v == 0 else "" for v in mean], textposition="outside", cliponaxis=False,
-                    hovertemplate="%{x}: %{y:.3f}<extra></extra>")
+        fig.add_bar(x=mean.index, y=mean, marker_color=COLOURS[row - 1], showlegend=False, row=row, col=1,
+                    name=METRICS[metric].label, text=["0" if v == 0 else "" for v in mean], textposition="outside",
+                    cliponaxis=False, hovertemplate="%{x}: %{y:.3f}<extra></extra>")
         for number, seed in enumerate(seeds if len(seeds) > 1 else ()):
             own = values[values.seed == seed]
             fig.add_scatter(x=own.letter, y=own.y, mode="markers", name=f"seed {seed}", legendgroup=str(seed),
@@ -64,7 +65,7 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
             fig.add_hline(y=report["metrics"][metric], line={"color": "#111111", "dash": "dot", "width": 1.5}, row=row,
                           col=1)
         top = float(values.y.max()) if values.y.notna().any() else 1.0
-        fig.update_yaxes(title="Share of known words" if row == 1 else "Mean share", row=row, col=1,
+        fig.update_yaxes(title=METRICS[metric].axis, row=row, col=1,
                          range=[0, max(1.12 * top, 0.05)])
     fig.update_xaxes(type="category", categoryorder="array", categoryarray=list("abcdefghijklmnopqrstuvwxyz"),
                      range=[-0.6, 25.6], showgrid=False)
@@ -157,11 +158,7 @@ def summary(found) -> pd.DataFrame:
     if not found.report or not found.report["metrics"]:
         return pd.DataFrame()
     kept = sorted({one["letters"] for one in found.report["seeds"].values() if one["metrics"]})
-    rows = [{"metric": METRICS[name].label, "value": value, "reading": METRICS[name].reading,
-             "letters": " to ".join(map(str, kept[::len(kept) - 1 or 1])), "unit": METRICS[name].unit,
-             "source": METRICS[name].source, "definition": METRICS[name].formula}
-            for name, value in found.report["metrics"].items()]
-    return pd.DataFrame(rows)
+    return explained(found.report["metrics"], letters=" to ".join(map(str, kept[::len(kept) - 1 or 1])))
 
 
 def by_letter(letters: pd.DataFrame) -> pd.DataFrame:
@@ -172,10 +169,11 @@ def by_letter(letters: pd.DataFrame) -> pd.DataFrame:
     first = letters.f1_by_k.map(lambda scores: scores[0] if isinstance(scores, (list, np.ndarray)) else np.nan)
     best = letters.f1_by_k.map(lambda scores: max(scores) if isinstance(scores, (list, np.ndarray)) else np.nan)
     return pd.DataFrame({
-        "seed": letters.seed, "letter": letters.letter, "full absorption": letters.full_absorption.astype(float),
-        "fully absorbed words": letters.fully_absorbed, "absorption fraction": letters.absorption_fraction,
-        "split latents": letters.splits, "true positives": letters.true_positives, "test words": letters.test_words,
-        "probe F1": letters.probe_f1, "F1 of the first latent": first, "best F1": best, "left out because": why})
+        "seed": letters.seed, "letter": letters.letter, PANEL_NAMES[0]: letters.full_absorption.astype(float),
+        "fully absorbed words": letters.fully_absorbed, PANEL_NAMES[1]: letters.absorption_fraction,
+        METRICS["mean_num_split_features"].label.lower(): letters.splits, "true positives": letters.true_positives,
+        "test words": letters.test_words, "probe F1": letters.probe_f1, "F1 of the first latent": first,
+        "best F1": best, "left out because": why})
 
 
 def absorbed(words: pd.DataFrame, most: int = 30) -> pd.DataFrame:

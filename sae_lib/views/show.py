@@ -160,6 +160,14 @@ def table(frame: pd.DataFrame) -> None:
     return display(HTML(f"<div style='overflow-x:auto'>{as_html(frame)}</div>"))
 
 
+def tables(parts) -> None:
+    """Display each part's sentence, and its table below, cells that are no results in grey."""
+    for part in parts:
+        display(Markdown(part.sentence))
+        if len(part.frame):
+            display(HTML(f"<div style='overflow-x:auto; font-size:12px'>{as_html(part.frame, part.grey)}</div>"))
+
+
 def markdown(text: str) -> None:
     """Display a sentence."""
     display(Markdown(text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import textwrap
 
 import pandas as pd
@@ -14,6 +16,8 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
 GREY = "#9A9A9A"
 """What is not a result."""
+GREY_INK = "#777777"
+"""The same for text, which must be read."""
 
 pio.templates["workbook"] = go.layout.Template(layout={
     "colorway": COLOURS, "font": {"family": "DejaVu Sans, Arial, sans-serif", "size": 14, "color": "#111111"},
@@ -51,8 +55,18 @@ def mark(number: int, size: int = 12) -> dict:
     return {"size": size, "color": COLOURS[number % len(COLOURS)], "symbol": symbol, "line": {"width": 2 * (turn % 2)}}
 
 
-def as_html(frame: pd.DataFrame) -> str:
-    """A table for a page: its text escaped, figures to four digits, all to the left."""
+def as_html(frame: pd.DataFrame, grey: pd.DataFrame | None = None) -> str:
+    """A table for a page: its text escaped, figures to four digits, all to the left.
+
+    ``grey``, of the frame's shape, says which cells are no results.
+    """
     text = frame.to_html(index=False, escape=True, na_rep="–", float_format=lambda v: f"{v:.4g}", border=0,
                          justify="left", classes="workbook")
+    inks = iter(grey.to_numpy(dtype=bool).ravel()) if grey is not None else itertools.repeat(False)
+
+    def styled(cell: re.Match) -> str:
+        # A browser makes a column of sentences as narrow as its longest word.
+        said = [f"color: {GREY_INK}"] * next(inks) + ["min-width: 20em"] * (len(cell[1]) > 60)
+        return f'<td style="{"; ".join(said)}">{cell[1]}</td>' if said else cell[0]
+    text = re.sub("<td>(.*?)</td>", styled, text, flags=re.DOTALL)
     return f"<style>.workbook td, .workbook th {{text-align: left !important; vertical-align: top}}</style>{text}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import ipywidgets as widgets
 
 from sae_lib import runs
+from sae_lib.metrics import METRICS
 from sae_lib.params import ParameterError
 from sae_lib.views import figures_absorption, figures_compare, figures_explore
 from sae_lib.views.dashboards.base import Dashboard, Sentence, dropdown, sentence, switch
@@ -16,8 +17,7 @@ from sae_lib.views.dashboards.curves import RunCurves
 from sae_lib.views.dashboards.latents import Inspector
 from sae_lib.views.dashboards.splits import FeatureSplits
 
-LETTERS = {"full_absorption": "full absorption", "absorption_fraction": "absorption fraction",
-           "splits": "split latents"}
+LETTERS = {column: METRICS[name].label.lower() for column, name in figures_absorption.MAPS.items()}
 NONE = "no run"
 
 
