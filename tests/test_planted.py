@@ -17,14 +17,15 @@ from sae_lib.sae import architectures
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.training import trainer
 
-SMALL = {"d_in": 24, "features": 32, "rows": 20_000, "heldout": 2000, "parents": 4, "children": 2, "lowest": 0.03}
+SMALL = {"d_in": 24, "features": 32, "rows": 20_000, "heldout": 2000, "parents": 4, "children": 2, "lowest": 0.03,
+         "children_per_row": 0.5}
 
 
 @pytest.fixture(scope="module")
 def orthonormal():
     """A world of 16 features in 16 dimensions, its directions made orthonormal: 3 parents of 2 children each."""
     world = World(d_in=16, features=16, rows=10, heldout=3000, parents=3, children=2, highest=0.3, lowest=0.15,
-                  correlation=0, bias=0)
+                  children_per_row=0.8, correlation=0, bias=0)
     truth = planted.sample(world)[1]
     directions = torch.linalg.qr(truth.directions.T)[0].T.contiguous()
     truth = truth._replace(directions=directions)
@@ -75,13 +76,14 @@ def test_children_fire_with_their_parents_alone_and_as_often_as_asked():
     on = truth.features > 0
     for child in range(4, 12):
         assert not (on[:, child] & ~on[:, truth.parent[child]]).any()
-    shares = on.float().mean(0)
-    assert shares[0] > 0.17 and (shares > 0.02).all() and (shares < 0.25).all()
+    shares = on.double().mean(0)
+    assert shares[0] == pytest.approx(0.2, abs=0.01) and shares[-1] == pytest.approx(0.03, abs=0.005)
+    assert (shares[4:12] / shares[truth.parent[4:12]]).tolist() == pytest.approx([0.25] * 8, abs=0.06)
 
 
 @pytest.mark.parametrize("text, says", [
     ("planted:featurs=3", "did you mean 'features'"),
-    ("planted:features=10", "features: 10 are too few for 12 parents"),
+    ("planted:features=10", "features: 10 are too few for 8 parents"),
     ("planted:features=many", "features: "),
     ("planted:lowest=0.5", "must be below highest"),
     ("planted:[=1", "is not key=value"),

@@ -1,6 +1,6 @@
-"""A planted truth: SAELens' synthetic model written as activations that a training reads like any other store.
+"""A planted truth: SAELens' synthetic features, written as activations that a training reads like any other store.
 
-Features fire, parents before their children, correlated or not; an activation is the sum of the directions of those
+Features fire, children only with their parents, correlated or not; an activation is the sum of the directions of those
 that fire, times their strengths, plus a bias. Which fired, and how strongly, is kept of the held-out rows.
 
 ``activations: planted`` (with ``model: planted``, ``layer: 0``) trains on the default world, and
@@ -34,7 +34,7 @@ TRUTH = "truth.safetensors"
 
 
 class World(BaseModel):
-    """What is planted, in the words of SAELens' ``SyntheticModelConfig``."""
+    """What is planted: features, their directions, how often and how strongly they fire, which are whose children."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -52,20 +52,22 @@ class World(BaseModel):
     """Steps that drive the directions apart; 0 leaves them random."""
     highest: float = Field(0.2, gt=0, lt=1)
     """Probability of firing of the first feature; probabilities fall as 1 / n^exponent, scaled into the two ends."""
-    lowest: float = Field(0.01, gt=0, lt=1)
+    lowest: float = Field(0.02, gt=0, lt=1)
     """That of the last."""
     exponent: float = Field(0.5, gt=0)
-    """Zipf's."""
+    """Of how fast probabilities fall."""
     magnitude: float = Field(1.0, gt=0)
     """Mean strength of a feature that fires."""
     spread: float = Field(0.15, ge=0)
     """Standard deviation of it; a strength below 0 is no firing."""
     bias: float = Field(1.0, ge=0)
     """Norm of the mean that every activation has beside its features."""
-    parents: int = Field(12, ge=0)
+    parents: int = Field(8, ge=0)
     """Features, the first and so the most frequent ones, that have children; 0 makes no tree."""
-    children: int = Field(3, ge=2)
-    """Children of each parent; they fire only where it does, about as often as their own probability says."""
+    children: int = Field(8, ge=2)
+    """Children of each parent; they fire only where it does."""
+    children_per_row: float = Field(0.4, gt=0)
+    """Children that fire on a row of their parent's, on average (a little fewer where they exclude each other)."""
     exclusive: float = Field(0.0, ge=0, le=1)
     """Share of the parents of whose children at most one fires."""
     correlation: float = Field(0.1, ge=0, lt=1)
@@ -78,6 +80,8 @@ class World(BaseModel):
         if self.parents * (1 + self.children) > self.features:
             raise ValueError(f"features: {self.features} are too few for {self.parents} parents of {self.children} "
                              f"children each; {self.parents * (1 + self.children)} are wanted at least")
+        if self.children_per_row >= self.children:
+            raise ValueError(f"children_per_row: {self.children_per_row} must be below children, {self.children}")
         if self.lowest >= self.highest:
             raise ValueError(f"lowest: {self.lowest} must be below highest, {self.highest}")
         return self
@@ -138,19 +142,30 @@ def write(world: World) -> Path:
 
 def sample(world: World) -> tuple[Tensor, Truth]:
     """(rows, D) activations for training and the held-out truth; the same world gives the same bits."""
-    model = _model(world)
-    directions, bias = (part.detach() for part in (model.feature_dict.feature_vectors, model.feature_dict.bias))
-    rows = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for count, name in ((world.rows, "train"), (world.heldout, "heldout")):
-            torch.manual_seed(generator(world.seed, PLANTED, name).initial_seed())
-            rows.append(model.activation_generator.sample(count))
+    import_transformers()  # before SAELens does, beside a torchvision that does not load
+    from sae_lens import synthetic
+
+    apart = synthetic.orthogonal_initializer(world.orthogonality) if world.orthogonality else None
+    dictionary = synthetic.FeatureDictionary(world.features, world.d_in, world.bias, apart, seed=world.seed)
+    tree = synthetic.generate_hierarchy(world.features, synthetic.HierarchyConfig(
+        world.parents, world.children, 1, world.exclusive), world.seed + 1) if world.parents else None
     parent = torch.full((world.features,), -1, dtype=torch.int64)
-    for root in model.hierarchy.roots if model.hierarchy else []:
+    for root in tree.roots if tree else []:
         for child in root.children:
             parent[child.feature_index] = root.feature_index
-    truth = Truth(directions.contiguous(), bias, parent, rows[1].contiguous())
-    return activations_of(truth, rows[0]), truth
+    probabilities = synthetic.zipfian_firing_probabilities(world.features, world.exponent, world.highest, world.lowest)
+    probabilities[parent >= 0] = world.children_per_row / world.children  # where the parent fires
+    together = synthetic.generate_random_low_rank_correlation_matrix(
+        world.features, world.rank, world.correlation, world.seed + 2) if world.correlation else None
+    fires = synthetic.ActivationGenerator(world.features, probabilities, world.spread, world.magnitude,
+                                          tree.modifier if tree else None, together)
+    drawn = []
+    with torch.random.fork_rng(devices=[]):
+        for count, name in ((world.rows, "train"), (world.heldout, "heldout")):
+            torch.manual_seed(generator(world.seed, PLANTED, name).initial_seed())
+            drawn.append(fires.sample(count))
+    truth = Truth(dictionary.feature_vectors.detach(), dictionary.bias.detach(), parent, drawn[1])
+    return activations_of(truth, drawn[0]), truth
 
 
 def activations_of(truth: Truth, features: Tensor) -> Tensor:
@@ -166,24 +181,6 @@ def truth_of(path: Path) -> Truth:
     except (OSError, SafetensorError, TypeError) as error:
         raise runs.RunError(f"{file}: no planted world's truth ({error}); delete the folder and write it "
                             "again") from None
-
-
-def _model(world: World):
-    """SAELens' synthetic model of a world."""
-    import_transformers()  # before SAELens does, beside a torchvision that does not load
-    from sae_lens import synthetic
-
-    tree = synthetic.HierarchyConfig(world.parents, world.children, max_depth=1, compensate_probabilities=True,
-                                     mutually_exclusive_portion=world.exclusive) if world.parents else None
-    correlation = (synthetic.LowRankCorrelationConfig(world.rank, world.correlation) if world.correlation else None)
-    config = synthetic.SyntheticModelConfig(
-        world.features, world.d_in, hierarchy=tree, correlation=correlation, bias=world.bias, seed=world.seed,
-        firing_probability=synthetic.ZipfianFiringProbabilityConfig(world.exponent, world.highest, world.lowest),
-        mean_firing_magnitudes=world.magnitude, std_firing_magnitudes=world.spread)
-    # Made here, as SAELens' model would show a bar of its steps.
-    apart = synthetic.orthogonal_initializer(world.orthogonality) if world.orthogonality else None
-    directions = synthetic.FeatureDictionary(world.features, world.d_in, world.bias, apart, seed=world.seed)
-    return synthetic.SyntheticModel(config, feature_dict=directions)
 
 
 def _write(world: World, target: Path) -> None:
