@@ -65,6 +65,13 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            "0.1) and of the split latents; 0 where absorbers carry under 0.4 of the activation's"),
     Metric("mean_num_split_features", "Split latents", -1, "latents per letter", "SAEBench absorption",
            "mean over letters; latents of a sparse probe while one more raises its F1 by more than 0.03"),
+    Metric("mcc", "Mean correlation coefficient", 1, "|cosine|", "this workbook, planted features",
+           "mean over true features of |cos| with the decoder row matched one to one (Hungarian); 0 without one"),
+    Metric("recovered", "Features recovered", 1, "share of features", "this workbook, planted features",
+           "true features whose nearest decoder row has a cosine of at least 0.9"),
+    Metric("true_absorption", "True absorption", -1, "share of rows", "this workbook, planted features",
+           "mean over parents; of held-out rows where parent and child fire, those where the parent's latent is silent "
+           "and a firing child's carries at least 0.4 of the parent's strength along its true direction"),
 )}
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sae_lib import params, runs
-from sae_lib.data import activations, planted
+from sae_lib.data import activations, language_model, planted
 from sae_lib.data.planted import Truth, World
+from sae_lib.evaluation import false_claims, validity
 from sae_lib.evaluation import truth as truths
-from sae_lib.evaluation import validity
 from sae_lib.params import ParameterError
 from sae_lib.sae import architectures
 from sae_lib.sae.autoencoder import SparseAutoencoder
@@ -94,13 +94,12 @@ def test_a_world_that_cannot_be_is_refused(text, says):
 
 
 def test_a_planted_world_is_no_language_model():
-    from sae_lib.data import language_model
-
     with pytest.raises(ParameterError, match="no language model"):
         language_model.check_layer("planted", "blocks.0.hook_resid_post")
 
 
 def test_mcc_of_the_truth_is_one_and_of_random_rows_what_chance_gives():
+    language_model.import_transformers()
     from sae_lens.synthetic import mean_correlation_coefficient
 
     g = torch.Generator().manual_seed(0)
@@ -221,3 +220,39 @@ def test_a_short_training_recovers_most_features(elsewhere):
     measured, _ = truths.measure(result.sae, store.heldout().x, truth)
     assert measured["recovered"] > 0.7 and measured["mcc"] > 0.85
     assert measured["true_absorption"] is None and measured["parents"] == 0
+
+
+def claims_table(rng, shift=0.0):
+    """Six runs as 05's table has them, with two metrics drawn anew; the last three shifted."""
+    names = [f"pairs/x-s{number}" for number in range(6)]
+    table = pd.DataFrame({"run": names, "variant": "x", "status": "valid", "role": "normal", "model": "planted",
+                          "seed": range(6), "l0": 4.0, "mcc": rng.normal(size=6), "mse": rng.normal(size=6)})
+    table.loc[3:, "mcc"] += shift
+    return false_claims.pair(table, names[:3], names[3:])
+
+
+def test_the_rate_of_false_claims_is_the_nominal_one():
+    rng = np.random.default_rng(0)
+    found = false_claims.rate((claims_table(rng) for _ in range(150)), ["mcc", "mse"]).set_index("metric")
+    assert found.pairs.tolist() == [150] * 3
+    for metric in ("mcc", "mse"):
+        assert found.low[metric] < 0.05 < found.high[metric]
+    assert found.claims[false_claims.ANY] >= found.claims[["mcc", "mse"]].max()
+    shifted = false_claims.rate((claims_table(rng, 100.0) for _ in range(5)), ["mcc"]).set_index("metric")
+    assert shifted.share["mcc"] == 1 and shifted.low["mcc"] == pytest.approx(0.025 ** (1 / 5))
+    few = claims_table(rng).iloc[[0, 1, 3, 4]]
+    assert false_claims.rate([few], ["mcc"]).empty
+    assert false_claims.clopper_pearson(0, 20) == pytest.approx((0, 0.1684), abs=1e-3)
+
+
+def test_the_figure_says_the_rank_correlation_and_leaves_out_what_is_not_valid():
+    from sae_lib.views import figures_truth
+
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({name: rng.random(12) for pair in figures_truth.COMPARED for name in pair})
+    table = table.assign(architecture=["topk", "standard"] * 6, d_sae=64, l0=3.0, mcc=0.9, true_l0=2.5,
+                         status=["valid"] * 11 + ["invalid"])
+    said = [figures_truth.truth(drawn, "World planted").layout.annotations[-1].text.replace("<br>", " ")
+            for drawn in (table, table.assign(status="invalid"))]
+    assert all(text in said[0] for text in ("11 SAEs", "not valid: 1 of 12", "rho", "World planted"))
+    assert "none (0 SAEs" in said[1]

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.evaluation import truth as truths
+from sae_lib.metrics import METRICS
 from sae_lib.views.template import GREY, dress, mark
 
 COMPARED = (("true_absorption_of_parent", "saebench_full_absorption"),
@@ -43,14 +44,14 @@ def truth(table: pd.DataFrame, caption: str = "") -> go.Figure:
         fig.update_yaxes(title="SAEBench's (share)", **at)
         said.append(f"{TITLES[place].lower()} {spearman(truths.rank_correlation(valid[x], valid[y]))}")
     fig.update_xaxes(title="L0 (active latents per row)", row=2, col=2)
-    fig.update_yaxes(title="MCC (mean |cosine|)", row=2, col=2)
+    fig.update_yaxes(title=f"{METRICS['mcc'].label} ({METRICS['mcc'].unit})", row=2, col=2)
     if "true_l0" in valid and len(valid):
         level = float(valid.true_l0.iloc[0])
         fig.add_vline(x=level, line={"color": GREY, "dash": "dash"}, annotation_text="true L0", row=2, col=2)
     text = (f"Spearman's rank correlation, its 95 % interval by a bootstrap over SAEs: {'; '.join(said)}. "
             "Dotted: equal.")
     left_out = len(table) - len(valid)
-    text += f" {left_out} SAEs are not valid and left out." * bool(left_out)
+    text += f" Left out as not valid: {left_out} of {len(table)}." * bool(left_out)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"})
     return dress(fig, "Absorption and recovery where the truth is known", text + f"<br>{caption}" * bool(caption),
                  width=1040, height=900, top=130)
