@@ -13,10 +13,9 @@ import importlib.metadata
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,7 +35,7 @@ TRUTH = "truth.safetensors"
 class World(BaseModel):
     """What is planted: features, their directions, how often and how strongly they fire, which are whose children."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     d_in: int = Field(64, ge=2)
     """Width of an activation, D."""
@@ -102,14 +101,14 @@ class Truth(NamedTuple):
 
 def parse(text: str) -> World:
     """The world that ``planted`` or ``planted:key=value,...`` names. Raises ParameterError naming the key."""
-    asked: dict[str, Any] = {}
+    asked: dict[str, str] = {}
     for part in text.removeprefix(PLANTED).removeprefix(":").split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key and (not equals or key not in World.model_fields):
             raise ParameterError(f"activations: '{text}': '{key}' is not key=value of a planted world"
                                  f"{params.nearest(key, World.model_fields)} (keys: {', '.join(World.model_fields)})")
         if key:
-            asked[key] = yaml.safe_load(value)
+            asked[key] = value
     try:
         return World(**asked)
     except ValidationError as error:
@@ -134,6 +133,8 @@ def folder(world: World) -> Path:
 def write(world: World) -> Path:
     """The folder of the world's rows, written as far as it is not there; it reads as ``precomputed.Precomputed``."""
     target = folder(world)
+    if (target / "manifest.json").exists():
+        return target
     with presence.alone(target, f"activations/{target.name}", patience=math.inf):
         if not (target / "manifest.json").exists():
             _write(world, target)
