@@ -80,16 +80,16 @@ def open_named(name: str, buffer_mb: int = 2048) -> Store:
 
     Raises ParameterError where it is not there, RunError where it is damaged.
     """
-    from sae_lib.data.precomputed import Precomputed
+    from sae_lib.data import planted, precomputed
 
-    place = Path(name).expanduser()
+    place = planted.place_of(name)
     target = place if place.is_dir() else runs.home() / "activations" / name
     if not (target / "manifest.json").exists():
         raise ParameterError(f"activations: no finished store {target}; name a folder that 01_extract wrote or that "
                              "holds activations computed elsewhere, or auto")
     said = runs.read_json(target / "manifest.json")
     ours = not isinstance(said, dict) or "files" not in said
-    return open_store(target, buffer_mb) if ours else Precomputed(target, buffer_mb)
+    return open_store(target, buffer_mb) if ours else precomputed.Precomputed(target, buffer_mb)
 
 
 def source(p: Train):

@@ -26,6 +26,8 @@ from sae_lib.params import ParameterError
 HOOK = re.compile(r"blocks\.(\d+)\.(hook_resid_post|hook_resid_pre)")
 FASTER = 1.2
 """How many times faster bfloat16 must be on a CPU before ``dtype: auto`` takes it."""
+PLANTED = "planted"
+"""What stores of known features (``data.planted``) name as their model; there is none."""
 
 
 class ModelInfo(NamedTuple):
@@ -126,6 +128,9 @@ def describe(model: str) -> ModelInfo:
     if model == "smollm2":
         asset = assets.ASSETS["smollm2"]
         return ModelInfo(f"{asset.project}=={asset.version} SmolLM2-135M-Instruct.Q4_1", 576, 30, "LlamaForCausalLM")
+    if model == PLANTED:
+        raise ParameterError("model: 'planted' is a world of known features, no language model: there are no tokens to "
+                             "read or to evaluate on; train on it with `activations: planted` and `layer: 0`")
     folder = params.local_path(model)
     config = _from_pretrained(import_transformers().AutoConfig, model, folder)
     identity = f"folder {_bytes_digest(folder)}" if folder else f"{model}@{getattr(config, '_commit_hash', None)}"

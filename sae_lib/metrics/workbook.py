@@ -12,6 +12,7 @@ from sae_lib.metrics.metric import Metric, listed
 
 VERSION = f"sae-workbook {__version__}"
 HELD_OUT, TRAINER = "this workbook, held-out rows", "the trainer"
+PLANTED = "this workbook, planted features"
 
 METRICS = listed(
     Metric("explained_variance", "Explained variance", 1, "share", HELD_OUT, VERSION,
@@ -39,6 +40,15 @@ METRICS = listed(
     Metric("bound_tightness", "Tightness of the bound", 0, "ratio", HELD_OUT, VERSION,
            "|x - x_hat'| / (|x - x_hat| + sum_i |f_i - f'_i|); 1 is tight, and above 1 the bound does not hold",
            0, inf),
+    Metric("mcc", "Mean correlation coefficient", 1, "|cosine|", PLANTED, VERSION,
+           "mean over true features of |cos| with the decoder row matched one to one (Hungarian); 0 without one",
+           0, 1, None, "random rows score about the largest of d_sae random cosines"),
+    Metric("recovered", "Features recovered", 1, "share of features", PLANTED, VERSION,
+           "true features whose nearest decoder row has a cosine of at least 0.9", 0, 1, 0, "random rows"),
+    Metric("true_absorption", "True absorption", -1, "share of rows", PLANTED, VERSION,
+           "mean over parents; of held-out rows where parent and child fire, those where the parent's latent is silent "
+           "and a firing child's carries at least 0.4 of the parent's strength along its true direction", 0, 1, None,
+           "a dead SAE has none, and no score"),
 )
 
 

@@ -29,7 +29,7 @@ def activations_name(p: Extract) -> str:
     return f"{label}-{p.hook.removeprefix('blocks.').replace('.hook_', '-')}-{p.tokens}-{digest(asked)}"
 
 
-ALIASES = {"smollm2", "tiny", "news", "wikipedia", "wikitext", "wmdp_bio"}
+ALIASES = {"smollm2", "tiny", "planted", "news", "wikipedia", "wikitext", "wmdp_bio"}
 
 
 def local_path(name: str) -> Path | None:
