@@ -121,12 +121,13 @@ def localization(runs: list[Kept], caption: str = "") -> go.Figure:
 def bound_tightness(runs: list[Kept], caption: str = "") -> go.Figure:
     """Measured error over its bound against the share kept: mean and worst token, a pair of lines a run."""
     fig, said, metric, top = go.Figure(), [], METRICS["bound_tightness"], 1.0
-    named = [(run, part, bound) for run in runs for part, bound in run.bounds.items()]
-    for number, (run, part, bound) in enumerate(named):
+    without: dict[str, list[str]] = {}
+    named = [(run, bound) for run in runs for bound in run.bounds.values()]
+    for number, (run, bound) in enumerate(named):
         if run.apart and not run.apart.startswith("not comparable"):  # of one SAE by itself, as the bound is
             said.append(f"{run.label}: {run.apart}")
         elif bound.get("applicable") is False:
-            said.append(f"{run.label}: no bound for {part}: {bound.get('reason') or 'not applicable'}")
+            without.setdefault(bound.get("reason") or "not applicable", []).append(run.label)
         else:
             rows = pd.DataFrame(bound.get("by_ratio") or [], columns=["ratio", "mean", "worst", "holds"])
             rows = rows.sort_values("ratio")
@@ -146,8 +147,9 @@ def bound_tightness(runs: list[Kept], caption: str = "") -> go.Figure:
                   annotation_position="top left")
     fig.update_xaxes(title=SHARE, range=[0, 1.04], tickformat=".0%")
     fig.update_yaxes(title="Measured error / bound", range=[0, 1.1 * top])
+    said += [f"no bound for {', '.join(labels)} ({reason})" for reason, labels in without.items()]
     text = "; ".join([caption, metric.formula, *said])
-    return _dressed(fig, f"Tightness of the bound ({metric.reading}; 1 is tight)", text, width=720, height=540)
+    return _dressed(fig, f"Tightness of the bound ({metric.reading}; 1 is tight)", text, width=720, height=620)
 
 
 # -- within ------------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def _dressed(fig: go.Figure, title: str, caption: str, width: int, height: int, 
     names = [trace.name for trace in fig.data if trace.showlegend is not False]
     room = 50 + 8 * max((len(name) for name in names), default=0) if names else 0
     fig.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}, showlegend=bool(names))
-    return dress(fig, title, caption, width=width + room, height=max(height, 260 + 23 * len(names)), top=110, side=side)
+    return dress(fig, title, caption, width=width + room, height=max(height, 340 + 23 * len(names)), top=110, side=side)
 
 
 def _said(runs: list[Kept], caption: str) -> str:
