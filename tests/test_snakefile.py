@@ -36,8 +36,10 @@ def checkout(tmp_path_factory):
 
     def start(*arguments, study="small"):
         words = [sys.executable, "-m", "snakemake", "--config", f"study={study}", *arguments]
+        # A shell's background job ignores Ctrl-C, and what it starts inherits that: here it shall be heard.
         return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True, start_new_session=True)
+                                text=True, start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
     def call(*arguments, study="small"):
         process = start(*arguments, study=study)
