@@ -59,11 +59,6 @@ class Context:
         """p = step / total steps; 1 outside training."""
         return self.step / self.total_steps if self.total_steps else 1.0
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Active latents as values, latents and tokens (N,) each."""
-        codes = self.codes.csr()
-        return codes.values, codes.indices, codes.rows()
-
     def mean_over_tokens(self, values: Tensor) -> Tensor:
         """Sum of ``values`` (N,) of the codes' entries, a token; tokens weighed where batches are not drawn evenly."""
         if self.importance is not None:

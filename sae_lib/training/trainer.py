@@ -92,7 +92,7 @@ class Trainer:
             part.state = {name: value.to(self.device) for name, value in part.state.items()}
             part.calibrate(self.sae, sample.to(self.device))
             self.parameters += [part.state[name].requires_grad_() for name in sorted(part.learnt)]
-        self.pool = max((part for part in self.ingredients), key=lambda part: part.pool, default=None)
+        self.pool = next((part for part in self.ingredients if part.pool > 1), None)
         """The ingredient that chooses each batch from a pool of several, if any does."""
         self.optimiser = Adam(self.parameters, unit=[self.sae.W_dec])
         self.silent = torch.zeros(p.d_sae, dtype=torch.int64, device=self.device)
@@ -150,7 +150,7 @@ class Trainer:
         sae, p = self.sae, self.p
         ctx = Context(sae, batch.x.to(self.device) * self.source.scale, self.step, self.total_steps,
                       dead=self.silent >= p.aux_dead_after, document=batch.document, position=batch.position)
-        if self.pool is not None and self.pool.pool > 1:
+        if self.pool:
             self._choose(ctx)
         for part in self.ingredients:
             part.before_step(ctx)

@@ -81,7 +81,7 @@ class Groups(Ingredient):
         return self.config.weight * lasso.sum() / len(ctx.x) + self.config.apart * between
 
     def after_step(self, sae, ctx) -> None:
-        """Follow the groups' norms, and publish how much each group is used."""
+        """Follow the groups' norms."""
         now, mean = ctx.own["group_norms"].detach().mean(0), self.state["norm"]
         mean.copy_(now) if not bool((mean > 0).any()) else mean.lerp_(now, 1 - self.config.beta)
 

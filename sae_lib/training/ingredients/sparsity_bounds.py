@@ -33,8 +33,8 @@ class SparsityBounds(Ingredient):
 
     def penalty(self, ctx) -> Tensor:
         """The weighted term."""
-        values, latents, _ = ctx.entries()
-        return self.config.weight * ctx.mean_over_tokens(values * self.weights(ctx)[latents])
+        codes = ctx.codes.csr()
+        return self.config.weight * ctx.mean_over_tokens(codes.values * self.weights(ctx)[codes.indices])
 
     def weights(self, ctx) -> Tensor:
         """lambda (F,)."""
