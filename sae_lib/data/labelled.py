@@ -218,14 +218,14 @@ def _tiny_words(letters: str, others: bool = False) -> list[str]:
 
 
 def _tiny_text(draw: random.Random, letters: str) -> str:
-    """Twelve to thirty words: every other one begins with one of ``letters``, the rest with none of the labels'."""
+    """Twelve to thirty words: every third one begins with one of ``letters``, the rest with none of the labels'."""
     spare, own = _tiny_words(TINY_LETTERS + "".join(TINY_CROSSED), others=True), _tiny_words(letters)
-    return " ".join(draw.choice(own if place % 2 else spare) for place in range(draw.randint(12, 30)))
+    return " ".join(draw.choice(spare if place % 3 else own) for place in range(draw.randint(12, 30)))
 
 
 @functools.cache
 def tiny_letters() -> Labelled:
-    """Made-up texts by the first letter of half of their words."""
+    """Made-up texts by the first letter of a third of their words."""
     rows = ({"text": _tiny_text(random.Random(f"{letter} {number}"), letter), "label": letter}
             for letter in TINY_LETTERS for number in range(TINY_TEXTS))
     return Labelled("tiny_letters", "made-up words by their first letter", _frame(rows))

@@ -29,9 +29,8 @@ def measures(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def evaluation(results: dict[str, Any]) -> pd.DataFrame:
-    """What the evaluations measured, one row per metric; all but explained variance by SAEBench's own code."""
-    values = {name: result["metrics"].get(name) for result in results.values() if "metrics" in result
-              for name in METRICS}
+    """What SAEBench core measured, one row per metric; all but explained variance by its own code."""
+    values = {name: results.get("core", {}).get("metrics", {}).get(name) for name in METRICS}
     shown = _explained({name: value for name, value in values.items() if value is not None})
     if len(shown):
         ours = shown.metric == METRICS["explained_variance"].label
