@@ -115,8 +115,9 @@ def masked(table: pd.DataFrame) -> pd.DataFrame:
 
 
 KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
-       "evaluation": "evaluation", "letters": "absorption's evaluation", "sparse_probing": "sparse probing's evaluation",
-       "scr": "SCR's evaluation", "tpp": "TPP's evaluation", "sae_bench": "sae-bench version"}
+       "evaluation": "evaluation", "letters": "absorption's evaluation",
+       "sparse_probing": "sparse probing's evaluation", "scr": "SCR's evaluation", "tpp": "TPP's evaluation",
+       "sae_bench": "sae-bench version"}
 
 
 def why_apart(row: pd.Series, baseline: pd.Series, free: set[str] = frozenset()) -> str:

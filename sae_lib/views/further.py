@@ -8,13 +8,13 @@ import pandas as pd
 
 from sae_lib.views import show
 
-TITLES = {"sparse_probing": "Sparse probing", "scr": "Spurious correlation removal", "tpp": "Targeted probe perturbation",
-          "unlearning": "Unlearning"}
+TITLES = {"sparse_probing": "Sparse probing", "scr": "Spurious correlation removal",
+          "tpp": "Targeted probe perturbation", "unlearning": "Unlearning"}
 READING = {
-    "sparse_probing": "Share of test texts that a linear probe puts in the right class; 0.5 is chance, higher is better. "
-                      "`all`: on every channel or latent, `top k`: on the best k.",
-    "scr": "Share of the accuracy lost to a spurious label that comes back with the best n latents for it ablated; 1 is "
-           "all, below 0 harms, higher is better. Later work holds it, and TPP, unfit to rank SAEs.",
+    "sparse_probing": "Share of test texts that a linear probe puts in the right class; 0.5 is chance, higher is "
+                      "better. `all`: on every channel or latent, `top k`: on the best k.",
+    "scr": "Share of the accuracy lost to a spurious label that comes back with the best n latents for it ablated; 1 "
+           "is all, below 0 harms, higher is better. Later work holds it, and TPP, unfit to rank SAEs.",
     "tpp": "Accuracy lost by a class' own probe less that lost by the others', with the class' best n latents ablated; "
            "higher is better."}
 
