@@ -28,7 +28,7 @@ def rated(tmp_path, monkeypatch):
     """An archive as vaderSentiment's: four files of rated sentences inside another archive."""
     files = {}
     for name, count in RATED.items():
-        rows = [f"{n}\t{(-1) ** n * (2.5 if n % 5 else 0.5)}\tA caf\xe9 &amp; its sentence number {n} of the source {name}"
+        rows = [f"{n}\t{(-1) ** n * (2.5 if n % 5 else 0.5)}\tA caf\xe9 &amp; its sentence number {n}, from {name}"
                 for n in range(count)]
         files[f"hutto/{name}_GroundTruth.txt"] = "\r\n".join(rows).encode("latin-1")
     inner = packed(tmp_path / "inner.tar.gz", files).read_bytes()
@@ -92,7 +92,8 @@ def test_code_is_that_of_installed_files_and_no_file_is_in_both_parts(tmp_path, 
         for n in range(12):
             file = tmp_path / package / "deep" / f"file{n}{suffix}"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(f"{suffix} {n} " + hashlib.sha256(f"{n} {k}".encode()).hexdigest() for k in range(99)))
+            words = (f"{suffix} {n} " + hashlib.sha256(f"{n} {k}".encode()).hexdigest() for k in range(99))
+            file.write_text("".join(words))
 
     class Found:
         def __init__(self, package):
