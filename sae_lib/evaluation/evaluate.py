@@ -21,6 +21,8 @@ def hook_of(layer: int | None, asked: params.Train) -> str:
 def evaluate(p: params.Evaluate) -> dict[str, Any]:
     """Run ``p.evals`` on the run's SAE on held-out text; write evals/*.json and validity.json; return them by name.
 
+    Each result is written as it is there: what a later evaluation fails on does not cost the earlier ones.
+
     With ``p.compression_ratios`` the SAE is measured with those shares of its latents too (``evaluation.compression``).
 
     With ``p.sae`` the SAE of that folder, made elsewhere, becomes the run first.
@@ -35,8 +37,10 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
             print(f"not evaluated: {'; '.join(verdict.reasons)}")
         else:
             sae, model = _loaded(p, run, asked)
-            results["core"] = _core(p, asked, sae, model)
-            runs.write_json(run.path / "evals/core.json", results["core"])
+            for name in EVALS:
+                if name in p.evals:
+                    results[name] = EVALS[name](p, asked, sae, model)
+                    runs.write_json(run.path / f"evals/{name}.json", results[name])
             if p.compression_ratios:
                 results["compression"] = _compression(p, run, asked, sae, model)
                 runs.write_json(run.path / "evals/compression.json", results["compression"])
@@ -61,6 +65,34 @@ def _core(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]
 
     texts = activations.heldout_texts(asked)
     return saebench.core(sae, model, texts, p.eval_preset, context=asked.context, threads=p.threads)
+
+
+def _sparse_probing(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
+    from sae_lib.evaluation.saebench.sparse_probing import sparse_probing
+
+    return sparse_probing(sae, model, p.eval_preset, threads=p.threads, mode=p.mode)
+
+
+def _scr(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
+    from sae_lib.evaluation.saebench.scr_tpp import scr
+
+    return scr(sae, model, p.eval_preset, threads=p.threads, mode=p.mode)
+
+
+def _tpp(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
+    from sae_lib.evaluation.saebench.scr_tpp import tpp
+
+    return tpp(sae, model, p.eval_preset, threads=p.threads, mode=p.mode)
+
+
+def _unlearning(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
+    from sae_lib.evaluation.saebench.unlearning import unlearning
+
+    return unlearning(model.name, hook=model.hook, identity=model.identity, d_sae=sae.d_sae)
+
+
+EVALS = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr, "tpp": _tpp, "unlearning": _unlearning}
+"""What each of ``evals`` runs, in this order."""
 
 
 def _compression(p: params.Evaluate, run: runs.Run, asked: params.Train, sae, model) -> dict[str, Any]:

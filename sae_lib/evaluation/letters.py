@@ -64,7 +64,8 @@ def evaluate(p: params.Letters) -> Letters:
                 (folder / name).unlink(missing_ok=True)
         else:
             report, letters, words, by_ratio = _measure(p, run, asked)
-            verdict = validity.judge(run.json("training.json"), run.json("evals/core.json"), asked.role, report)
+            verdict = validity.judge(run.json("training.json"), run.json("evals/core.json"), asked.role, report,
+                                     validity.further(run))
             report, letters, words = marked(report, letters, words, verdict)
             for name, frame in (("letters", letters), ("words", words)):
                 with runs.whole(folder / f"absorption_{name}.parquet") as temporary:

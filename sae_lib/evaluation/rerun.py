@@ -136,10 +136,14 @@ def file_of(lm, blocks: Tensor) -> Path:
 
     Beside the model's identity that is a sample of each weight: a model changed in memory is another one.
     """
-    total = hashlib.sha256(blocks.numpy().tobytes())
+    return runs.cache() / "evaluation" / f"{digest(identity(lm, blocks.numpy().tobytes()), 24)}.safetensors"
+
+
+def identity(lm, text: bytes) -> list:
+    """All that the activations of ``text`` in a model depend on: its weights, hook, precision, device and packages."""
+    total = hashlib.sha256(text)
     for weight in lm.hf.parameters():
         flat = weight.detach().flatten()
         total.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "transformer-lens")]
-    key = digest([lm.identity, lm.hook, str(lm.dtype), lm.device.type, versions, total.hexdigest()], 24)
-    return runs.cache() / "evaluation" / f"{key}.safetensors"
+    return [lm.identity, lm.hook, str(lm.dtype), lm.device.type, versions, total.hexdigest()]

@@ -20,7 +20,10 @@ from sae_lib.metrics import METRICS
 TRAINING = ("explained_variance", "mse", "l0", "dead_share", "idle_share", "unused_share", "mean_cos2", "norm_ratio")
 CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
 LETTERS = ("mean_full_absorption_score", "mean_absorption_fraction_score", "mean_num_split_features")
-FIGURES = TRAINING + CORE + LETTERS
+FURTHER = {"sparse_probing": ("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "llm_test_accuracy"),
+           "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",)}
+"""Of each of SAEBench's other evaluations, the figures that a table shows."""
+FIGURES = TRAINING + CORE + LETTERS + tuple(name for names in FURTHER.values() for name in names if name in METRICS)
 L0_TOLERANCE = 0.1
 NUMBERS, LARGEST = ("seed", "samples", "seconds", "d_sae", "k"), 1e300
 STATES = ("valid", "invalid", "failed", "null")
@@ -78,6 +81,10 @@ def _read(run: runs.Run) -> dict[str, Any]:
     absorption = run.json("evals/absorption.json", {})
     row |= {name: absorption.get("metrics", {}).get(name) for name in LETTERS}
     row["letters"] = absorption.get("config", {}).get("comparable")
+    for evaluation in FURTHER:
+        report = run.json(f"evals/{evaluation}.json", {})
+        row |= {name: value for name, value in report.get("metrics", {}).items() if name in FIGURES}
+        row[evaluation] = report.get("config", {}).get("comparable")
     row["evaluation"] = core.get("config", {}).get("comparable")
     row["sae_bench"] = core.get("provenance", {}).get("packages", {}).get("sae-bench")
     row["stale"] = t.get("provenance", {}).get("library") != runs.library_digest()
@@ -108,7 +115,9 @@ def masked(table: pd.DataFrame) -> pd.DataFrame:
 
 
 KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
-       "evaluation": "evaluation", "letters": "absorption's evaluation", "sae_bench": "sae-bench version"}
+       "evaluation": "evaluation", "letters": "absorption's evaluation",
+       "sparse_probing": "sparse probing's evaluation", "scr": "SCR's evaluation", "tpp": "TPP's evaluation",
+       "sae_bench": "sae-bench version"}
 
 
 def why_apart(row: pd.Series, baseline: pd.Series, free: set[str] = frozenset()) -> str:

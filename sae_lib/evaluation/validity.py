@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from sae_lib import runs
 from sae_lib.training.terms import INERT
 
+FURTHER = ("sparse_probing", "scr", "tpp", "unlearning")
+"""SAEBench's evaluations beside core and absorption."""
 DEAD_LIMIT, EMPTY_L0, FOLD_LIMIT, NORM_RATIO = 0.9, 0.1, 1e-4, (0.2, 2.0)
 
 
@@ -28,9 +30,10 @@ class Verdict(NamedTuple):
 
 
 def judge(training: dict[str, Any], core: dict[str, Any] | None = None, role: str = "normal",
-          absorption: dict[str, Any] | None = None) -> Verdict:
+          absorption: dict[str, Any] | None = None, further: dict[str, dict[str, Any]] | None = None) -> Verdict:
     """Apply every rule that the measurements at hand allow. Missing or null measures count as not finite.
 
+    Of ``further`` evaluations, by name, it is asked only that they are of the trained SAE and its model and layer.
     A null baseline (``role: null``) is exempt: what the rules find is said as flags.
     """
     reasons = _training_faults(training)
@@ -38,8 +41,12 @@ def judge(training: dict[str, Any], core: dict[str, Any] | None = None, role: st
         reasons += _core_faults(training, core)
     if absorption is not None:
         reasons += [text for text in _absorption_faults(training, absorption) if text not in reasons]
-    flags = _flags(training) + ([f"absorption: {absorption['note']}"] if (absorption or {}).get("note") else [])
+    for report in (further or {}).values():
+        reasons += [text for text in _other_than_trained(training, report["config"]) if text not in reasons]
+    noted = {"absorption": absorption or {}} | (further or {})
+    flags = _flags(training) + [f"{name}: {report['note']}" for name, report in noted.items() if report.get("note")]
     checked = ["training"] + ["core"] * (core is not None) + ["absorption"] * (absorption is not None)
+    checked += [name for name, report in (further or {}).items() if "status" not in report]
     if role == "null":
         return Verdict("null", [], [f"null baseline: {text}" for text in reasons] + flags, checked)
     return Verdict("invalid" if reasons else "valid", reasons, flags, checked)
@@ -128,6 +135,12 @@ def _flags(t: dict[str, Any]) -> list[str]:
     return flags
 
 
+def further(run: runs.Run) -> dict[str, dict[str, Any]]:
+    """A run's reports of SAEBench's other evaluations, by name, as far as they are there."""
+    found = {name: run.json(f"evals/{name}.json") for name in FURTHER}
+    return {name: report for name, report in found.items() if report}
+
+
 def update(run: runs.Run) -> Verdict:
     """Judge a run by all that its folder holds and write validity.json."""
     training = run.json("training.json")
@@ -136,10 +149,10 @@ def update(run: runs.Run) -> Verdict:
     role = run.params.get("role", "normal")
     measured = run.json("evals/core.json"), run.json("evals/absorption.json")
     try:
-        verdict = judge(training, measured[0], role, measured[1])
+        verdict = judge(training, measured[0], role, measured[1], further(run))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise runs.RunError(f"{run.path}: training.json, evals/core.json or evals/absorption.json is damaged "
-                            f"({error!r}); run their notebooks again") from None
+        raise runs.RunError(f"{run.path}: training.json, evals/core.json, evals/absorption.json or that of another "
+                            f"evaluation is damaged ({error!r}); run their notebooks again") from None
     runs.write_json(run.path / "validity.json", {**verdict._asdict(), "role": role, "provenance": runs.provenance()})
     return verdict
 

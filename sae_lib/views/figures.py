@@ -29,11 +29,10 @@ def measures(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def evaluation(results: dict[str, Any]) -> pd.DataFrame:
-    """What the evaluations measured, one row per metric; all but explained variance by SAEBench's own code."""
-    values = {name: result["metrics"].get(name) for result in results.values() if "metrics" in result
-              for name in METRICS}
-    return explained({name if name == "explained_variance" else of_core(name): value for name, value in values.items()
-                      if value is not None})
+    """What SAEBench core measured, one row per metric; all but explained variance by its own code."""
+    values = results.get("core", {}).get("metrics", {})
+    return explained({name if name == "explained_variance" else of_core(name): values[name] for name in METRICS
+                      if values.get(name) is not None})
 
 
 def explained(values: dict[str, float], **more: Any) -> pd.DataFrame:

@@ -1,0 +1,188 @@
+"""What SAEBench's evaluations on labelled texts need of the model alone: activations and probes, computed once.
+
+They do not depend on the SAE, and take most of the time. SAEBench keeps them as pickles named by model and layer; here
+they are safetensors named by all that they depend on, and an evaluation that finds them gives the same figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lib import runs
+from sae_lib.data.assets import AssetError
+from sae_lib.data.language_model import parse_hook
+from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.evaluation.rerun import identity
+from sae_lib.evaluation.saebench.adapter import seeded
+from sae_lib.evaluation.sharing import all_cores, alone
+from sae_lib.params import ParameterError, digest
+from sae_lib.progress import progress
+from sae_lib.runs import RunError
+
+LIMIT = 2**31
+"""Bytes of one data set's activations that are kept; of a larger one only the probes are."""
+BATCH = 32
+"""Texts that the model reads at once."""
+LATENT_BYTES = 2**28
+"""Latents of one batch of texts that SAEBench holds at once, about."""
+
+Texts = dict[str, list[str]]
+"""Texts by class."""
+Activations = dict[str, Tensor]
+"""(texts, tokens, D) by class; zero where there is no text, which is how SAEBench knows it."""
+
+
+class ModelSide:
+    """Activations of labelled texts at ``lm.hook``, and what is learnt from them without an SAE, through the cache."""
+
+    def __init__(self, lm, context: int, mode: str = "batch"):
+        self.lm, self.context, self.mode = lm, context, mode
+        self.reused = True
+        """Whether all that was asked for was already there."""
+        self.keys: dict[str, str] = {}
+        """Of each data set asked for: a hash of its texts by class."""
+        self._hooked = None
+        self._out = sys.stdout, sys.stderr  # progress is shown where the page is, not among SAEBench's words
+        self._files: dict[str, Path] = {}
+
+    def activations(self, name: str, train: Texts, test: Texts) -> tuple[Activations, Activations]:
+        """Activations of the training and the test texts of data set ``name``; BOS and padding are zero.
+
+        Each text is cut to ``context`` tokens, BOS first (given also where the tokenizer adds none).
+        """
+        text = json.dumps([self.context, train, test], sort_keys=True).encode()
+        self.keys[name] = hashlib.sha256(text).hexdigest()[:16]
+        key = digest([*identity(self.lm, text), importlib.metadata.version("sae-bench")], 24)
+        file = self._files[name] = runs.cache() / "evaluation" / f"labelled-{key}.safetensors"
+        with (contextlib.redirect_stdout(self._out[0]), contextlib.redirect_stderr(self._out[1]),
+              alone(file, "labelled texts' activations")):
+            found = _read(file)
+            if found is None:
+                self.reused = False
+                with all_cores():
+                    found = self._compute({"train": train, "test": test}, name), {}
+                if sum(tensor.nbytes for tensor in found[0].values()) <= LIMIT:
+                    _write(file, *found)
+        return tuple({label: self._spread(found[0], f"{part} {label}") for label in texts}
+                     for part, texts in (("train", train), ("test", test)))
+
+    def learnt(self, name: str, settings: Any, compute: Callable[[], tuple[dict[str, Tensor], dict]]):
+        """Tensors and JSON that ``compute()`` makes of a data set's activations under ``settings``, once."""
+        made = self._files[name].stem
+        key = digest([made, settings, importlib.metadata.version("scikit-learn")], 24)
+        file = runs.cache() / "evaluation" / f"probes-{key}.safetensors"
+        with alone(file, "probes of the model"):
+            found = _read(file)
+            if found is None:
+                self.reused = False
+                found = compute()
+                _write(file, *found)
+        return found
+
+    def _spread(self, tensors: dict[str, Tensor], key: str) -> Tensor:
+        mask, rows = tensors["mask " + key], tensors["rows " + key]
+        x = torch.zeros(*mask.shape, rows.shape[1], dtype=rows.dtype)
+        x[mask] = rows
+        return x.to(self.lm.device)
+
+    def _compute(self, parts: dict[str, Texts], name: str) -> dict[str, Tensor]:
+        """Activations of the tokens that are text, row by row, and where those tokens stand (texts, tokens)."""
+        from sae_bench.sae_bench_utils import activation_collection
+
+        layer = parse_hook(self.lm.hook)[0]
+        if self._hooked is None:
+            self._hooked = to_hooked(self.lm, layer + 1)
+        model, found = self._hooked, {}
+        ids = {f"{part} {label}": self._tokens(texts) for part, of in parts.items() for label, texts in of.items()}
+        # One length for all: SCR and TPP mix the classes' texts.
+        longest = max(map(len, (row for rows in ids.values() for row in rows)))
+        with progress(sum(map(len, (row for rows in ids.values() for row in rows))), f"activations of '{name}'",
+                      self.mode) as bar:
+            for key, rows in ids.items():
+                tokens = torch.full((len(rows), longest), model.tokenizer.pad_token_id)
+                for place, row in enumerate(rows):
+                    tokens[place, :len(row)] = torch.tensor(row)
+                x = torch.zeros(len(rows), longest, self.lm.d_model, dtype=self.lm.dtype)
+                order = sorted(range(len(rows)), key=lambda place, rows=rows: len(rows[place]))
+                for start in range(0, len(order), BATCH):  # of like length, cut to the longest
+                    some = order[start:start + BATCH]
+                    width = len(rows[some[-1]])
+                    x[some, :width] = activation_collection.get_llm_activations(
+                        tokens[some, :width].to(self.lm.device), model, BATCH, layer, self.lm.hook,
+                        mask_bos_pad_eos_tokens=True, show_progress=False).cpu()
+                    bar.advance(sum(len(rows[place]) for place in some))
+                mask = activation_collection.get_bos_pad_eos_mask(tokens, model.tokenizer)
+                found |= {"mask " + key: mask, "rows " + key: x[mask]}
+        return found
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        cut = self.lm.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.context - 1)
+        return [[self.lm.bos_id, *row] for row in cut["input_ids"]]
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """Tensors and JSON of a file; None where there is none, or a damaged one, which is computed again and replaced."""
+    try:
+        with safe_open(file, "pt") as handle:
+            about = json.loads((handle.metadata() or {})["about"])
+            return {name: handle.get_tensor(name) for name in handle.keys()}, about  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
+
+
+def _write(file: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    with runs.whole(file) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary,
+                  {"about": json.dumps(about)})
+
+
+def sae_batch(d_sae: int, context: int) -> int:
+    """Texts that SAEBench encodes at once: its own 125, or fewer where their latents are many."""
+    return max(1, min(125, LATENT_BYTES // (4 * d_sae * context)))
+
+
+def reseed(*parts: Any) -> None:
+    """Seed torch by ``parts``: what is drawn then does not depend on what was found in the cache before."""
+    torch.manual_seed(int(digest(list(parts), 12), 16))
+
+
+def run(name: str, call: Callable[[str], Any], seed: int) -> dict[str, Any]:
+    """Run one of SAEBench's evaluations, ``call(folder)``, in an empty folder, and return the JSON that it wrote there.
+
+    Raises RunError with SAEBench's own words when it fails or writes none.
+    """
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, seeded(seed):
+        try:
+            with (contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.chdir(folder)):
+                call(folder)
+        except (ParameterError, RunError, AssetError):
+            raise
+        except Exception as error:
+            hint = "; beartype 0.14.1 is needed" if "Beartype" in type(error).__name__ else ""
+            raise RunError(f"SAEBench {name} failed: {type(error).__name__}: {error}{hint}{_words(said)}") from error
+        files = sorted(Path(folder).rglob("*_eval_results.json"))
+        if not files:
+            raise RunError(f"SAEBench {name} gave no result{_words(said)}")
+        raw = runs.read_json(files[0])
+    raw.pop("sae_bench_commit_hash", None)  # of the working directory, not of SAEBench
+    return raw
+
+
+def _words(said: io.StringIO) -> str:
+    lines = [line for line in said.getvalue().splitlines() if line.strip()]
+    return "; it said: " + (" | ".join(lines[-5:]) or "nothing")
