@@ -101,10 +101,8 @@ def import_transformers():
     Nothing here reads pictures, so such a torchvision is answered for as absent while transformers looks for it;
     otherwise every model class fails with ``operator torchvision::nms does not exist``.
     """
-    if "transformers" in sys.modules:
-        return sys.modules["transformers"]
     find_spec = importlib.util.find_spec
-    if find_spec("torchvision") is not None:
+    if find_spec("torchvision") is not None and "torchvision" not in sys.modules:
         try:
             importlib.import_module("torchvision")
         except (ImportError, RuntimeError, OSError):
@@ -112,7 +110,10 @@ def import_transformers():
                 None if name.partition(".")[0] == "torchvision" else find_spec(name, package))
     try:
         transformers = importlib.import_module("transformers")
-        transformers.utils.import_utils.is_torchvision_available()  # cached by transformers from here on
+        available = transformers.utils.import_utils.is_torchvision_available
+        if importlib.util.find_spec is not find_spec:
+            available.cache_clear()  # transformers may have been imported, and asked, elsewhere before
+        available()  # cached by transformers from here on
     finally:
         importlib.util.find_spec = find_spec
     return transformers
