@@ -50,11 +50,13 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
 
 
 def _loaded(p: params.Evaluate, run: runs.Run, asked: params.Train):
-    """The run's SAE, and the whole model that it is evaluated in."""
+    """The run's SAE, and the whole model that it is evaluated in; none for the truth of a planted world alone."""
     from sae_lib.data import language_model
     from sae_lib.training.ingredients import load_sae
 
     site = hook_of(p.layer, asked)
+    if p.evals == ["truth"] and not p.compression_ratios:
+        return load_sae(run.path / "sae"), None
     model = language_model.load(p.model or asked.model, hook=site, dtype="float32", device=p.device, whole=True)
     return load_sae(run.path / "sae").to(model.device), model
 
@@ -91,7 +93,14 @@ def _unlearning(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str
     return unlearning(model.name, hook=model.hook, identity=model.identity, d_sae=sae.d_sae)
 
 
-EVALS = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr, "tpp": _tpp, "unlearning": _unlearning}
+def _truth(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
+    from sae_lib.evaluation import planted_run
+
+    return planted_run.evaluate(sae.to("cpu"), asked)
+
+
+EVALS = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr, "tpp": _tpp, "unlearning": _unlearning,
+         "truth": _truth}
 """What each of ``evals`` runs, in this order."""
 
 

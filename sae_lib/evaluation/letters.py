@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from sae_lib import params, runs
 from sae_lib.data import activations
+from sae_lib.data.language_model import PLANTED
 from sae_lib.evaluation import compression, foreign_run, importance, validity
 from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
@@ -50,15 +51,17 @@ def evaluate(p: params.Letters) -> Letters:
     """Measure the run's SAE with every seed; write evals/absorption.json, two parquet files and validity.json.
 
     With ``p.sae`` the SAE of that folder, made elsewhere, becomes the run first. An SAE whose weights are not finite
-    is not evaluated. Raises ParameterError or RunError, also noted in validity.json.
+    is not evaluated, nor one of a planted world, whose absorption is 03's. Raises ParameterError or RunError, also
+    noted in validity.json.
     """
     run = foreign_run.bring_in(p) if p.sae else runs.Run(p.run)
     with run.stage("04_letter_absorption"):
         asked = trained(run)
         verdict, folder = validity.update(run), run.path / "evals"
         report, letters, words, by_ratio = {}, pd.DataFrame(), pd.DataFrame(), {}
-        if run.json("training.json")["nonfinite"]:
-            print(f"not evaluated: {'; '.join(verdict.reasons)}")
+        why = "a planted world has no letters" if asked.model == PLANTED else "; ".join(verdict.reasons)
+        if asked.model == PLANTED or run.json("training.json")["nonfinite"]:
+            print(f"not evaluated: {why}")
             for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES,
                          "compression_absorption.json"):
                 (folder / name).unlink(missing_ok=True)

@@ -21,8 +21,10 @@ TRAINING = ("explained_variance", "mse", "l0", "dead_share", "idle_share", "unus
 CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
 LETTERS = ("mean_full_absorption_score", "mean_absorption_fraction_score", "mean_num_split_features")
 FURTHER = {"sparse_probing": ("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "llm_test_accuracy"),
-           "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",)}
-"""Of each of SAEBench's other evaluations, the figures that a table shows."""
+           "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",),
+           "truth": ("mcc", "recovered", "true_absorption", "true_absorption_of_parent", "saebench_full_absorption",
+                     "saebench_full_absorption_with_child", "saebench_absorption_fraction")}
+"""Of each of the other evaluations, the figures that a table shows."""
 FIGURES = TRAINING + CORE + LETTERS + tuple(name for names in FURTHER.values() for name in names if name in METRICS)
 L0_TOLERANCE = 0.1
 NUMBERS, LARGEST = ("seed", "samples", "seconds", "d_sae", "k"), 1e300
@@ -117,6 +119,7 @@ def masked(table: pd.DataFrame) -> pd.DataFrame:
 KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
        "evaluation": "evaluation", "letters": "absorption's evaluation",
        "sparse_probing": "sparse probing's evaluation", "scr": "SCR's evaluation", "tpp": "TPP's evaluation",
+       "truth": "the planted truth",
        "sae_bench": "sae-bench version"}
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from sae_lib import runs
 from sae_lib.training.terms import INERT
 
-FURTHER = ("sparse_probing", "scr", "tpp", "unlearning")
-"""SAEBench's evaluations beside core and absorption."""
+FURTHER = ("sparse_probing", "scr", "tpp", "unlearning", "truth")
+"""The evaluations beside core and absorption."""
 DEAD_LIMIT, EMPTY_L0, FOLD_LIMIT, NORM_RATIO = 0.9, 0.1, 1e-4, (0.2, 2.0)
 
 

@@ -20,8 +20,15 @@ def _core(name: str, label: str, direction: int, unit: str, formula: str, lowest
     return Metric(name, label, direction, unit, CORE, version, formula, lowest, highest, trivial, by, of_model)
 
 
-def _absorption(name: str, label: str, unit: str, formula: str, *ends: float, version: str = VERSION) -> Metric:
-    return Metric(name, label, -1, unit, ABSORPTION, version, formula, *ends, f"{DEAD} (no score)")
+def _absorption(name: str, label: str, unit: str, formula: str, *ends: float, version: str = VERSION,
+                source: str = ABSORPTION) -> Metric:
+    return Metric(name, label, -1, unit, source, version, formula, *ends, f"{DEAD} (no score)")
+
+
+def _planted(name: str, label: str, formula: str) -> Metric:
+    """SAEBench's absorption with parents of a planted world for letters, and rows for words."""
+    return _absorption(f"saebench_{name}", label, "share of rows", formula, 0, 1, 0,
+                       source=f"{ABSORPTION}, on planted parents")
 
 
 METRICS = listed(
@@ -80,4 +87,9 @@ METRICS = listed(
     _absorption("mean_absorption_score", "Absorption (early SAEBench)", "share of words that the probe knows",
                 "mean over letters of absorbed words / the probe's true positives; another metric than the fraction "
                 "and the full absorption of later versions", 0, 1, 0, version=EARLY),
+    _planted("full_absorption", "Full absorption of parents",
+             "mean over parents; as full absorption, of the rows where the parent fires and its probe says so"),
+    _planted("full_absorption_with_child", "Full absorption of parents, a child firing",
+             "the same, of those rows where a child fires too"),
+    _planted("absorption_fraction", "Absorption fraction of parents", "as the absorption fraction, mean over parents"),
 )

@@ -49,6 +49,9 @@ METRICS = listed(
            "mean over parents; of held-out rows where parent and child fire, those where the parent's latent is silent "
            "and a firing child's carries at least 0.4 of the parent's strength along its true direction", 0, 1, None,
            "a dead SAE has none, and no score"),
+    Metric("true_absorption_of_parent", "True absorption, of the parent's rows", -1, "share of rows", PLANTED, VERSION,
+           "the same rows as a share of all where the parent fires, as SAEBench counts", 0, 1, None,
+           "a dead SAE has none, and no score"),
 )
 
 

@@ -180,8 +180,8 @@ def _ratios(value: list[float]) -> list[float]:
 class Evaluate(Common):
     """03_eval: SAEBench and our own measures of one SAE."""
 
-    evals: list[Literal["core", "sparse_probing", "scr", "tpp", "unlearning"]] = Field(["core"], min_length=1)
-    """SAEBench evaluations to run: core, sparse_probing, scr, tpp, unlearning."""
+    evals: list[Literal["core", "sparse_probing", "scr", "tpp", "unlearning", "truth"]] = Field(["core"], min_length=1)
+    """SAEBench evaluations to run: core, sparse_probing, scr, tpp, unlearning; truth is for a planted world."""
     eval_preset: Literal["smoke", "default", "paper"] = "default"
     """How much text: smoke, default, or paper (SAEBench's own amounts)."""
     compression_ratios: list[float] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from sae_lib.evaluation import truth as truths
 from sae_lib.metrics import METRICS
+from sae_lib.views.figures import explained
 from sae_lib.views.template import GREY, dress, mark
 
 COMPARED = (("true_absorption_of_parent", "saebench_full_absorption"),
@@ -44,7 +46,7 @@ def truth(table: pd.DataFrame, caption: str = "") -> go.Figure:
         fig.update_yaxes(title="SAEBench's (share)", **at)
         said.append(f"{TITLES[place].lower()} {spearman(truths.rank_correlation(valid[x], valid[y]))}")
     fig.update_xaxes(title="L0 (active latents per row)", row=2, col=2)
-    fig.update_yaxes(title=f"{METRICS['mcc'].label} ({METRICS['mcc'].unit})", row=2, col=2)
+    fig.update_yaxes(title=METRICS["mcc"].titled.replace("correlation ", "correlation<br>"), row=2, col=2)
     if "true_l0" in valid and len(valid):
         level = float(valid.true_l0.iloc[0])
         fig.add_vline(x=level, line={"color": GREY, "dash": "dash"}, annotation_text="true L0", row=2, col=2)
@@ -55,6 +57,17 @@ def truth(table: pd.DataFrame, caption: str = "") -> go.Figure:
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"})
     return dress(fig, "Absorption and recovery where the truth is known", text + f"<br>{caption}" * bool(caption),
                  width=1040, height=900, top=130)
+
+
+def of_study(table: pd.DataFrame, caption: str = "") -> dict[str, go.Figure]:
+    """``truth`` of a comparison's table by name; none where no run was trained on a planted world."""
+    known = table[table.mcc.notna()] if "mcc" in table else table.iloc[:0]
+    return {"planted_truth": truth(known, caption)} if len(known) else {}
+
+
+def of_run(results: dict[str, Any]) -> pd.DataFrame:
+    """03's table of a run on a planted world; empty for any other."""
+    return explained(results["truth"]["metrics"]) if "truth" in results else pd.DataFrame()
 
 
 def spearman(rank: truths.Rank) -> str:
