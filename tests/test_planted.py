@@ -223,6 +223,41 @@ def test_a_short_training_recovers_most_features(elsewhere):
     assert measured["true_absorption"] is None and measured["parents"] == 0
 
 
+def test_a_run_on_a_world_is_evaluated_by_its_truth_and_has_no_letters(elsewhere):
+    from sae_lib.evaluation import evaluate, letters, results
+    from sae_lib.views import figures_truth
+
+    world = "planted:" + ",".join(f"{key}={value}" for key, value in (SMALL | {"highest": 0.3}).items())
+    p = params.check("train", {"run": "planted", "model": "planted", "layer": 0, "activations": world, "d_sae": 48,
+                               "k": 4, "lr": 3e-3, "samples": 100_000, "batch_size": 256, "threads": 1,
+                               "mode": "batch", "coactivation_window": 0})
+    store = activations.source(p)
+    run = runs.start(p)
+    result = trainer.train(p, store, run)
+    found = evaluate.evaluate(params.check("eval", {"run": "planted", "evals": ["truth"], "mode": "batch"}))["truth"]
+    truth = planted.truth_of(store.path)
+    own = truth._replace(features=truth.features[1000:])
+    same = truths.measure(result.sae, store.heldout().x[1000:], own)[0]
+    assert found["metrics"]["mcc"] == pytest.approx(same["mcc"]) and found["config"]["world"]["features"] == 32
+    assert found["metrics"]["true_absorption"] == pytest.approx(same["true_absorption"])
+    assert letters.evaluate(params.check("letters", {"run": "planted", "mode": "batch"})).report == {}
+    assert runs.Run("planted").json("evals/letters_done.json")["evals"] == []
+    row = results.collect(["planted"]).iloc[0]
+    assert row.status == "valid" and row.mcc == found["metrics"]["mcc"] and row.truth == found["config"]["comparable"]
+    assert list(figures_truth.of_run({"truth": found}).metric)[:2] == ["Mean correlation coefficient",
+                                                                       "Features recovered"]
+    assert set(figures_truth.of_study(results.collect(["planted"]))) == {"planted_truth"}
+    with pytest.raises(ParameterError, match="no language model"):
+        evaluate.evaluate(params.check("eval", {"run": "planted", "evals": ["core"], "mode": "batch"}))
+
+
+def test_the_truth_of_a_language_model_is_not_known():
+    from sae_lib.evaluation import planted_run
+
+    with pytest.raises(ParameterError, match="whose features nobody knows"):
+        planted_run.evaluate(None, params.check("train", {"model": "tiny", "layer": 0}))
+
+
 def claims_table(rng, shift=0.0):
     """Six runs as 05's table has them, with two metrics drawn anew; the last three shifted."""
     names = [f"pairs/x-s{number}" for number in range(6)]
