@@ -95,8 +95,8 @@ def test_one_variant_s_interval_is_the_paired_t_interval():
 
 def dense(y, variants, seeds, one, other):
     """The contrast of an additive model by plain least squares on indicators, the first of each left out."""
-    columns = [np.ones(len(y))] + [np.equal(names, name) for names in (variants, seeds) for name in sorted(set(names))[1:]]
-    x = np.stack(columns, 1).astype(float)
+    indicators = [np.equal(names, name) for names in (variants, seeds) for name in sorted(set(names))[1:]]
+    x = np.stack([np.ones(len(y)), *indicators], 1).astype(float)
     solved, squares = np.linalg.lstsq(x, y, rcond=None)[:2]
     contrast = np.zeros(x.shape[1])
     for name, sign in ((one, 1), (other, -1)):

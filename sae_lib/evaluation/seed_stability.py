@@ -100,7 +100,7 @@ def _of_variant(variant: str, rows: list[Tensor], notes: list[str], random: dict
 
 
 def jackknife(values: dict[tuple[int, int], float], seeds: int) -> tuple[float, tuple[float, float] | None]:
-    """Mean over pairs of seeds, and its t interval by the jackknife over seeds: pairs that share one are not independent.
+    """Mean over pairs of seeds, and its t interval by the jackknife over seeds, as pairs of seeds are not independent.
 
     Variance (n - 1) / n * sum (mean without a seed - their mean)^2 (Tukey 1958), n - 1 degrees of freedom; None for
     fewer than three seeds. Ends are cut to 0 and 1.

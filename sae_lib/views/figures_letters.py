@@ -159,7 +159,8 @@ def summary(found) -> pd.DataFrame:
         return pd.DataFrame()
     kept = sorted({one["letters"] for one in found.report["seeds"].values() if one["metrics"]})
     within = found.report.get("within_this_sae", {})
-    return explained(found.report["metrics"], {name: within[name] for name in found.report["metrics"] if within.get(name)},
+    within = {name: within[name] for name in found.report["metrics"] if within.get(name)}
+    return explained(found.report["metrics"], within,
                      letters=" to ".join(map(str, kept[::len(kept) - 1 or 1])))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -49,7 +51,7 @@ def ranking_by_metric(shown: pd.DataFrame, caption: str = "") -> go.Figure:
         fig.update_xaxes(visible=False).update_yaxes(visible=False)
         return dress(fig, "Ranking", caption, height=300)
     most = max(len(shown[shown.metric == name]) for name in panels)
-    rows, height = -(-len(panels) // 2), 34 * most + 60
+    rows, height = -(-len(panels) // 2), 38 * most + 60
     fig = make_subplots(rows=rows, cols=min(2, len(panels)), horizontal_spacing=0.3, subplot_titles=[
         METRICS[name].panel for name in panels], vertical_spacing=min(0.3, 110 / (rows * (height + 110))))
     for number, name in enumerate(panels):
@@ -57,7 +59,8 @@ def ranking_by_metric(shown: pd.DataFrame, caption: str = "") -> go.Figure:
     notes = ("; dots: means over seeds, with t intervals over a variant's own seeds; at the right: the places that its "
              "paired differences from the others leave open (Holm over all pairs of the metric). Variants of different "
              "baselines are ranked apart; grey: shown to differ from no other")
-    return dress(fig, "Ranking, and what seeds do not tell apart", caption + notes, width=1100,
+    fig.update_layout(margin_r=70)
+    return dress(fig, "Ranking, and what seeds do not tell apart", caption + notes, width=1140,
                  height=rows * (height + 110) + 190, top=100, side=190)
 
 
@@ -80,5 +83,9 @@ def _panel(fig: go.Figure, own: pd.DataFrame, number: int) -> None:
                            yref=f"y{number + 1 if number else ''}", showarrow=False, xanchor="left",
                            font={"size": 13, "color": GREY_INK if undecided[place] else "#111111"})
     axis.update(title=metric.axis, range=[low, high], nticks=6)
-    fig.update_yaxes(tickvals=places, ticktext=[name if len(name) <= 26 else f"{name[:25]}…" for name in own.variant],
-                     range=[len(own) - 0.4, -0.6], showgrid=False, automargin=True, **at)
+    fig.add_annotation(x=1.02, xref=f"x{number + 1 if number else ''} domain", y=1, text="place", showarrow=False,
+                       yref=f"y{number + 1 if number else ''} domain", xanchor="left", yanchor="bottom",
+                       font={"size": 11, "color": GREY_INK})
+    names = ["<br>".join(textwrap.wrap(name.replace("_", "_ "), 24)).replace("_ ", "_") for name in own.variant]
+    fig.update_yaxes(tickvals=places, ticktext=names, range=[len(own) - 0.4, -0.6], showgrid=False, automargin=True,
+                     **at)

@@ -24,7 +24,7 @@ def table(found: list[Stability]) -> pd.DataFrame:
 
 
 def nearest_by_variant(found: list[Stability], caption: str = "") -> go.Figure:
-    """Share of latents whose nearest in another seed has at most a cosine of x; a line a variant, random rows in grey."""
+    """Share of latents whose nearest in another seed has at most a cosine of x; a line a variant, random rows grey."""
     fig = go.Figure()
     if not found:
         fig.add_annotation(text="no variant has two comparable seeds", showarrow=False, font_size=18, xref="paper",
