@@ -176,22 +176,23 @@ def test_intervals_within_an_sae_are_columns_and_masked_as_figures_are(home):
     for name, status in (("s/topk-s1", "valid"), ("s/dead-s1", "invalid"), ("s/none-s1", "valid")):
         fake_run(name, status=status)
         path = runs.folder_of(name) / "evals/core.json"
-        within = {"level": 0.95, "by": "b", "kl_div_with_sae": [0.25, 0.375], "explained_variance": [0, 1]}
-        runs.write_json(path, runs.read_json(path) | ({} if "none" in name else {"within_this_sae": within}))
+        metrics = {"metrics": {"ce_loss_score": 0.3}}
+        within = {"level": 0.95, "by": "b", "ce_loss_score": [0.25, 0.375], "explained_variance": [0, 1]}
+        runs.write_json(path, runs.read_json(path) | metrics | ({} if "none" in name else {"within_this_sae": within}))
     found, _ = compared(["s/topk-s1", "s/dead-s1", "s/none-s1"])
-    low = found.table["within/kl_div_with_sae/low"]
+    low = found.table["within/ce_loss_score/low"]
     assert low.tolist()[:2] == [0.25, 0.25] and np.isnan(low[2])
     # Core's explained variance is of other text than the table's, which training measured.
     assert "within/explained_variance/low" not in found.table
     table = pd.read_csv(home / "runs/s/compare/table.csv")
-    assert table["within/kl_div_with_sae/high"].tolist()[0] == 0.375
-    assert table["within/kl_div_with_sae/high"].isna().tolist() == [False, True, True]
-    shown = figures_compare.readable(found.table)[METRICS["kl_div_with_sae"].called]
+    assert table["within/ce_loss_score/high"].tolist()[0] == 0.375
+    assert table["within/ce_loss_score/high"].isna().tolist() == [False, True, True]
+    shown = figures_compare.readable(found.table)[METRICS["ce_loss_score"].called]
     assert shown.tolist()[0] == "0.3 [0.25 to 0.375]" and shown.isna()[1] and shown[2] == "0.3"
     drawn = figures_compare.comparison_table(found.table).data[0].cells["values"]
     assert any("0.25 to 0.375" in str(cell) and "font-size" in str(cell) for cell in drawn)
     path = runs.folder_of("s/topk-s1") / "evals/core.json"
-    runs.write_json(path, runs.read_json(path) | {"within_this_sae": {"kl_div_with_sae": [1]}})
+    runs.write_json(path, runs.read_json(path) | {"within_this_sae": {"ce_loss_score": [1]}})
     assert results.collect(["s/topk-s1"]).status[0] == "failed"
 
 

@@ -68,7 +68,7 @@ def likeness(first: Tensor, second: Tensor) -> Likeness:
     else:
         matched, by = ahead[backward[forward] == torch.arange(len(first))].numpy(), "mutual nearest"
     share = 2 * float((matched >= SAME).sum()) / max(1, len(first) + len(second))
-    return Likeness(share, torch.cat([ahead, back]).numpy(), by)
+    return Likeness(share, torch.cat([ahead, back]).clamp(-1, 1).numpy(), by)
 
 
 def random_likeness(n_latents: int, d_in: int) -> Likeness:
