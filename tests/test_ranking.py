@@ -79,7 +79,7 @@ def test_the_page_says_it_in_words_and_one_figure():
     assert page["mean over seeds"][0].startswith("0.9037 [0.8") and page.metric[0].endswith("(higher is better)")
     fig = figures_ranking.ranking_by_metric(shown, "note")
     texts = [note.text for note in fig.layout.annotations]
-    assert any("higher is better" in text for text in texts) and texts.count("2-3") == 2
+    assert any("higher is better" in text for text in texts) and texts.count("place 2-3") == 2
     none = ranking.ranking(table({"topk": [1.0], "x": [2.0]}), "topk")
     empty = figures_ranking.ranking_by_metric(figures_ranking.named(SimpleNamespace(table=runs, ranking=none)))
     assert "no claim possible" in empty.layout.annotations[0].text

@@ -49,8 +49,8 @@ def nearest(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """
     if first.shape[1] != second.shape[1]:
         raise runs.RunError(f"decoder rows have {first.shape[1]} and {second.shape[1]} dimensions: not of one model")
-    best, forward = torch.full((len(second),), -2.0), []
-    backward = torch.zeros(len(second), dtype=torch.int64)
+    best, forward = torch.full((len(second),), -2.0, device=first.device), []
+    backward = torch.zeros(len(second), dtype=torch.int64, device=first.device)
     precision = kernels.precision_of("auto", first.device.type)
     a, b = (part.to(precision) for part in (first, second))
     for start in range(0, len(first), ROWS):

@@ -27,8 +27,8 @@ def ranking(table: pd.DataFrame, baseline: str | None, metrics=results.FIGURES, 
 
     Columns: metric; baseline (variants of one are ranked together); rank ("1", "1-3", or empty); variant; seeds; mean
     over its seeds, adjusted (least squares) where a variant lacks one that others have; low and high, the t interval
-    over its own seeds alone; alike, the variants not shown to differ, joined by ", "; claim. Intervals of two variants
-    may overlap although their paired difference is shown.
+    over its own seeds alone, cut to what the metric can be; alike, the variants not shown to differ, joined by ", ";
+    claim. Intervals of two variants may overlap although their paired difference is shown.
     """
     valid, rows = results.single(table, baseline), []
     for metric in (name for name in metrics if METRICS[name].direction and name in valid):
@@ -49,8 +49,10 @@ def _group(metric: str, own: str, held: pd.DataFrame, level: float):
     for variant, runs_of in held.groupby("variant", sort=False):
         seeds, spread = len(runs_of), runs_of[metric].std()
         reach = stats.t.ppf((1 + level) / 2, seeds - 1) * spread / np.sqrt(seeds) if seeds >= FEWEST else np.nan
+        low, high = (np.clip(means[variant] + side * reach, METRICS[metric].lowest, METRICS[metric].highest)
+                     for side in (-1, 1))
         rows.append({"metric": metric, "baseline": own, "variant": variant, "seeds": seeds, "mean": means[variant],
-                     "low": means[variant] - reach, "high": means[variant] + reach})
+                     "low": low, "high": high})
     rows.sort(key=lambda row: (row["seeds"] < FEWEST, -METRICS[metric].direction * row["mean"]))
     enough = [row["variant"] for row in rows if row["seeds"] >= FEWEST]
     return rows, [{"better": one, "worse": other, **fitted.contrast(one, other, level)}

@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sae_lib import params, runs
+from sae_lib.data import language_model
 from sae_lib.evaluation import matching, results
 
 SAME = 0.7
@@ -63,29 +64,34 @@ def likeness(first: Tensor, second: Tensor) -> Likeness:
     forward, backward = matching.nearest(first, second)
     ahead, back = (first * second[forward]).sum(1), (second * first[backward]).sum(1)
     if max(len(first), len(second)) <= LARGEST:
-        cosines = (first @ second.T).numpy()
+        cosines = (first @ second.T).cpu().numpy()
         matched, by = cosines[linear_sum_assignment(cosines, maximize=True)], "Hungarian"
     else:
-        matched, by = ahead[backward[forward] == torch.arange(len(first))].numpy(), "mutual nearest"
+        mutual = backward[forward] == torch.arange(len(first), device=first.device)
+        matched, by = ahead[mutual].cpu().numpy(), "mutual nearest"
     share = 2 * float((matched >= SAME).sum()) / max(1, len(first) + len(second))
-    return Likeness(share, torch.cat([ahead, back]).clamp(-1, 1).numpy(), by)
+    return Likeness(share, torch.cat([ahead, back]).clamp(-1, 1).cpu().numpy(), by)
 
 
-def random_likeness(n_latents: int, d_in: int) -> Likeness:
+def random_likeness(n_latents: int, d_in: int, device: torch.device | str = "cpu") -> Likeness:
     """The likeness of two dictionaries of random directions (n_latents, d_in)."""
     draw = torch.Generator().manual_seed(0)
-    return likeness(*(torch.nn.functional.normalize(torch.randn(n_latents, d_in, generator=draw), dim=1)
+    return likeness(*(torch.nn.functional.normalize(torch.randn(n_latents, d_in, generator=draw), dim=1).to(device)
                       for _ in range(2)))
 
 
-def stability(table: pd.DataFrame, baseline: str | None) -> list[Stability]:
-    """Every variant of a table of runs that has at least two seeds that are results and compare with their baseline."""
+def stability(table: pd.DataFrame, baseline: str | None, device: str = "cpu") -> list[Stability]:
+    """Every variant of a table of runs that has at least two seeds that are results and compare with their baseline.
+
+    Cosines are computed on ``device`` (cpu, cuda or auto).
+    """
     found, random = [], {}
+    place = language_model.pick_device(device)
     for variant, held in results.single(table, baseline).groupby("variant", sort=False):
         if len(held) >= 2:
             rows, notes = _decoders(list(held.run))
             if len(rows) >= 2:
-                found.append(_of_variant(variant, rows, notes, random))
+                found.append(_of_variant(variant, [one.to(place) for one in rows], notes, random))
     return found
 
 
@@ -93,7 +99,7 @@ def _of_variant(variant: str, rows: list[Tensor], notes: list[str], random: dict
     pairs = {(i, j): likeness(rows[i], rows[j]) for i, j in itertools.combinations(range(len(rows)), 2)}
     shape = max(len(one) for one in rows), rows[0].shape[1]
     if shape not in random:
-        random[shape] = random_likeness(*shape)
+        random[shape] = random_likeness(*shape, rows[0].device)
     share, interval = jackknife({pair: one.share for pair, one in pairs.items()}, len(rows))
     return Stability(variant, len(rows), share, interval, np.concatenate([one.best for one in pairs.values()]),
                      random[shape], next(iter(pairs.values())).by, "; ".join(notes))

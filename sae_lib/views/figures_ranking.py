@@ -18,6 +18,9 @@ MAIN = ("explained_variance", "ce_loss_score", "kl_div_score", "dead_share", "me
         "tpp_threshold_20_total_metric")
 """Metrics that have a panel and a place in the page's table, where they were measured; the file has all."""
 
+TINY = 0.01
+"""An axis spans at least so much, where all values are 0."""
+
 
 def named(comparison) -> pd.DataFrame:
     """The main metrics' rows of a comparison's ranking, in order; variants without a model's name that all share."""
@@ -59,7 +62,7 @@ def ranking_by_metric(shown: pd.DataFrame, caption: str = "") -> go.Figure:
     notes = ("; dots: means over seeds, with t intervals over a variant's own seeds; at the right: the places that its "
              "paired differences from the others leave open (Holm over all pairs of the metric). Variants of different "
              "baselines are ranked apart; grey: shown to differ from no other")
-    fig.update_layout(margin_r=70)
+    fig.update_layout(margin_r=100)
     return dress(fig, "Ranking, and what seeds do not tell apart", caption + notes, width=1140,
                  height=rows * (height + 110) + 190, top=100, side=190)
 
@@ -77,15 +80,14 @@ def _panel(fig: go.Figure, own: pd.DataFrame, number: int) -> None:
     fig.add_scatter(x=own["mean"], y=places, mode="markers", showlegend=False, hovertext=own.claim, **at,
                     marker={"size": 10, "color": colours, "symbol": "circle"})
     low, high = span(pd.concat([own.low, own.high, own["mean"]]))
+    if high - low < 1e-6:  # all are 0
+        low, high = low - TINY, high + TINY
     axis = fig.layout[f"xaxis{number + 1 if number else ''}"]
     for place, row in own.iterrows():
-        fig.add_annotation(x=1.02, xref=f"x{number + 1 if number else ''} domain", y=place, text=f"{row['rank']}",
+        fig.add_annotation(x=1.02, xref=f"x{number + 1 if number else ''} domain", y=place, text=f"place {row['rank']}",
                            yref=f"y{number + 1 if number else ''}", showarrow=False, xanchor="left",
                            font={"size": 13, "color": GREY_INK if undecided[place] else "#111111"})
     axis.update(title=metric.axis, range=[low, high], nticks=6)
-    fig.add_annotation(x=1.02, xref=f"x{number + 1 if number else ''} domain", y=1, text="place", showarrow=False,
-                       yref=f"y{number + 1 if number else ''} domain", xanchor="left", yanchor="bottom",
-                       font={"size": 11, "color": GREY_INK})
     names = ["<br>".join(textwrap.wrap(name.replace("_", "_ "), 24)).replace("_ ", "_") for name in own.variant]
     fig.update_yaxes(tickvals=places, ticktext=names, range=[len(own) - 0.4, -0.6], showgrid=False, automargin=True,
                      **at)
