@@ -220,7 +220,7 @@ def single(table: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
     """
     table = compared(table, baseline)
     valid = results(table.assign(own=baselines(table, baseline)))
-    valid = valid[valid.apart == ""]
+    valid = valid[valid.apart == ""].dropna(subset=["seed"])
     return valid[~valid.duplicated(["variant", "seed"], keep=False)]
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -131,7 +132,8 @@ def _decoders(names: list[str]) -> tuple[list[Tensor], list[str]]:
             run = runs.Run(name)
             weights = load_sae(run.path / "sae").W_dec.detach().float()
             fires = _fires(run, len(weights))
-        except (runs.RunError, params.ParameterError, OSError, KeyError, ValueError) as error:
+        except (runs.RunError, params.ParameterError, SafetensorError, OSError, KeyError, TypeError,
+                ValueError) as error:
             notes.append(f"{name} left out: {error}")
             continue
         if fires is None:

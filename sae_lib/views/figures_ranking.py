@@ -88,6 +88,6 @@ def _panel(fig: go.Figure, own: pd.DataFrame, number: int) -> None:
                            yref=f"y{number + 1 if number else ''}", showarrow=False, xanchor="left",
                            font={"size": 13, "color": GREY_INK if undecided[place] else "#111111"})
     axis.update(title=metric.axis, range=[low, high], nticks=6)
-    names = ["<br>".join(textwrap.wrap(name.replace("_", "_ "), 24)).replace("_ ", "_") for name in own.variant]
+    names = ["<br>".join(textwrap.wrap(name.replace("_", "_ "), 26)).replace("_ ", "_") for name in own.variant]
     fig.update_yaxes(tickvals=places, ticktext=names, range=[len(own) - 0.4, -0.6], showgrid=False, automargin=True,
                      **at)
