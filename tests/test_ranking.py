@@ -49,6 +49,11 @@ def test_under_three_seeds_and_alone_nothing_is_ranked():
     assert np.isnan(found.low[1])
 
 
+def test_without_seeds_enough_variants_stay_in_the_table_s_order():
+    found = ranking.ranking(table({"topk": [0.5], "b": [0.9], "c": [0.7]}), "topk", ["explained_variance"])
+    assert found.variant.tolist() == ["m-topk", "m-b", "m-c"] and not any(found["rank"])
+
+
 def test_what_is_not_a_result_or_does_not_compare_is_not_ranked():
     runs = table(FOUR)
     runs.loc[runs.variant == "m-far", "status"] = "invalid"

@@ -53,9 +53,10 @@ def _group(metric: str, own: str, held: pd.DataFrame, level: float):
                      for side in (-1, 1))
         rows.append({"metric": metric, "baseline": own, "variant": variant, "seeds": seeds, "mean": means[variant],
                      "low": low, "high": high})
-    rows.sort(key=lambda row: (row["seeds"] < FEWEST, -METRICS[metric].direction * row["mean"]))
-    enough = [row["variant"] for row in rows if row["seeds"] >= FEWEST]
-    return rows, [{"better": one, "worse": other, **fitted.contrast(one, other, level)}
+    few = [row for row in rows if row["seeds"] < FEWEST]  # these stay as they come: an order would be read as one
+    rows = sorted((row for row in rows if row not in few), key=lambda row: -METRICS[metric].direction * row["mean"])
+    enough = [row["variant"] for row in rows]
+    return rows + few, [{"better": one, "worse": other, **fitted.contrast(one, other, level)}
                   for one, other in itertools.combinations(enough, 2)]
 
 
