@@ -2,13 +2,14 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 from sae_lib import params, runs
 from sae_lib.data import activations, labelled, tiny_model
 from sae_lib.evaluation import evaluate, validity
-from sae_lib.evaluation.saebench import model_side, scr_tpp, sparse_probing
+from sae_lib.evaluation.saebench import model_side, per_text, scr_tpp, sparse_probing
 from sae_lib.evaluation.saebench.unlearning import unlearning
 from sae_lib.params import ParameterError
 from sae_lib.runs import RunError
@@ -106,6 +107,7 @@ def test_what_is_in_the_cache_changes_no_figure(tiny_model, planted, tmp_path, m
     again = function(planted, tiny_model, "smoke")
     assert again["model_reused"] and torch.is_grad_enabled()
     assert again["metrics"] == fresh["metrics"] and again["config"] == fresh["config"]
+    assert again["within_this_sae"] == fresh["within_this_sae"]
     monkeypatch.undo()
     monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(tmp_path / "cache"))
     next(file for file in kept if file.name.startswith("labelled")).write_bytes(b"damaged")
@@ -221,3 +223,47 @@ def test_03_writes_each_and_a_fault_leaves_what_was_there(tiny, tiny_store, monk
     assert "evaluated hook 'blocks.9.hook_resid_post'" in "; ".join(validity.update(run).reasons)
     with pytest.raises(ParameterError, match="evals"):
         params.check("eval", {"evals": []})
+
+
+@pytest.mark.parametrize("function", [sparse_probing.sparse_probing, scr_tpp.scr, scr_tpp.tpp],
+                         ids=lambda function: function.__name__)
+def test_intervals_are_drawn_from_the_answers_behind_saebench_s_own_values(tiny_model, monkeypatch, function):
+    """Every text counted once, the answers give SAEBench's values; their intervals lie about them."""
+    rows = torch.randn(48, tiny_model.d_model, generator=torch.Generator().manual_seed(1))
+    held, own = [], per_text.within
+    monkeypatch.setattr(per_text, "within", lambda parts: held.extend(parts) or own(parts))
+    report = function(made(rows, 0.2), tiny_model, "smoke")
+    whole, within = per_text.point(held), report["within_this_sae"]
+    asked = {name for name in report["metrics"] if not name.startswith("llm")}
+    assert asked == set(whole) and set(within) <= {"level", "by", *whole}
+    for name in asked:
+        assert whole[name] == pytest.approx(report["metrics"][name], abs=1e-6), name
+    inside = [within[name][0] <= whole[name] <= within[name][1] for name in asked if name in within]
+    assert len(inside) > len(asked) / 2 and np.mean(inside) > 0.8
+    assert within["by"].startswith("bootstrap over test texts")
+
+
+def test_a_text_s_answers_are_those_of_its_own_row():
+    """A probe that reads a text's number off its row is right on the texts that it is made to be right on, alone."""
+    from sae_bench.evals.sparse_probing.probe_training import prepare_probe_data
+
+    texts = {label: [f"{label} {n}" for n in range(30)] for label in "abc"}
+    answers = per_text.Answers(texts)
+    acts = {label: torch.arange(30.0)[:, None] + 30 * place for place, label in enumerate(texts)}
+    torch.manual_seed(0)
+    expected = prepare_probe_data(acts, "b")
+    torch.manual_seed(0)
+    x, labels = answers.preparing(prepare_probe_data, acts, "b")
+    assert torch.equal(x, expected[0]) and torch.equal(labels, expected[1])
+    answers.answered(x[:, 0] % 3 == 0)
+    asked = torch.zeros(90).index_add(0, x[:, 0].long(), torch.ones(60)).numpy()
+    assert asked[30:60].tolist() == [1] * 30
+    weights = np.random.default_rng(0).integers(0, 4, (5, 90))
+    right = (np.arange(90) % 3 == 0) * asked
+    assert np.allclose(answers.accuracies(weights)[:, 0], weights @ right / (weights @ asked))
+    assert [len(places) for places in answers.strata] == [30, 30, 30]
+
+
+def test_a_text_of_several_classes_is_drawn_for_all_of_them():
+    answers = per_text.Answers({"one": ["x", "y"], "other": ["y", "z"], "third": ["y", "w", "w"]})
+    assert answers.n == 4 and [places.tolist() for places in answers.strata] == [[0], [1], [2], [3]]

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import sys
 import warnings
 
 import pytest
@@ -209,3 +210,27 @@ def test_core_measures_every_architecture(core, name):
     report = core(sae.requires_grad_(False))
     assert report["metrics"]["l0"] > 0 and math.isfinite(report["metrics"]["ce_loss_score"])
     assert report["config"]["d_sae"] == 96
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_intervals_hold_saebench_s_own_values(core, monkeypatch, cut):
+    """Taken apart by block, the means are SAEBench's own: then an interval is drawn about what it measured."""
+    module, held = sys.modules["sae_lib.evaluation.saebench.core"], []
+    made = module.Blocks
+    monkeypatch.setattr(module, "Blocks", lambda: held.append(made()) or held[0])
+    if cut:  # explained variance reads the first rows alone, cut within a block
+        monkeypatch.setattr(module, "VARIANCE_ROWS", 75)
+    report = core(some_sae())
+    whole, within = held[0].figures(), report["within_this_sae"]
+    assert {"ce_loss_score", "kl_div_score", "l0", "cossim", "l2_ratio", "explained_variance"} <= set(whole)
+    for name, value in whole.items():
+        assert value == pytest.approx(report["metrics"][name], rel=1e-5), name
+        low, high = within[name]
+        assert low < report["metrics"][name] < high, name
+    assert (within["level"], within["by"]) == (0.95, "bootstrap over blocks of text")
+
+
+def some_sae():
+    made = architectures.get("standard")()
+    sae = SparseAutoencoder.initialise(96, torch.zeros(D), made, torch.Generator().manual_seed(0))
+    return sae.requires_grad_(False)

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from sae_lib.training import terms
-from sae_lib.views import figures, figures_frontier, figures_pairs, show
+from sae_lib.views import figures, figures_frontier, figures_pairs, further, show, template
 
 
 def history(rows=5):
@@ -61,6 +61,24 @@ def test_tables_escape_their_text(monkeypatch):
     monkeypatch.setattr(show, "display", shown.append)
     show.table(pd.DataFrame({"a": ["<script>x</script>"]}))
     assert "<script>" not in shown[0].data
+
+
+def test_intervals_within_an_sae_stand_small_beside_or_below_their_values():
+    within = {"level": 0.95, "by": "b", "l0": [7.5, 8.5], "explained_variance": [0.75, 0.85]}
+    core = {"metrics": {"explained_variance": 0.8, "l0": 8.0, "frac_alive": 1.0}, "within_this_sae": within}
+    page = figures.evaluation({"core": core}).set_index("metric")
+    assert page["within this SAE"].to_dict() == {
+        "Explained variance": "[0.75 to 0.85]", "L0 (SAEBench)": "[7.5 to 8.5]", "Alive latents": ""}
+    assert page.value["L0 (SAEBench)"] == 8
+    del core["within_this_sae"]  # of an evaluation before there were any
+    assert "within this SAE" not in figures.evaluation({"core": core})
+    report = {"metrics": {"sae_test_accuracy": 0.9, "llm_test_accuracy": 0.95}, "raw": {"eval_result_details": [
+        {"dataset_name": "a_results", "sae_test_accuracy": 0.9, "llm_test_accuracy": 0.95}]},
+        "within_this_sae": {"level": 0.95, "by": "b", "sae_test_accuracy": [0.8, 0.97]}}
+    rows = further.tables({"sparse_probing": report})["sparse_probing"]
+    assert rows["SAE, all"].tolist() == [0.9, "0.9 [0.8 to 0.97]"] and rows["LLM, all"].tolist() == [0.95, "0.95"]
+    html = template.as_html(rows)
+    assert "0.9<br><span style='font-size:11px" in html and "0.8 to 0.97</span></td>" in html and "<td>0.9</td>" in html
 
 
 def histogram(edges, seed):

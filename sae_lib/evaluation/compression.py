@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_lib import params, runs
 from sae_lib.data import corpus
-from sae_lib.evaluation import importance, masked_passes, validity
+from sae_lib.evaluation import importance, intervals, masked_passes, validity
 from sae_lib.evaluation.importance import Importance
 from sae_lib.evaluation.saebench import packed
 from sae_lib.evaluation.saebench.adapter import check_sae
@@ -72,7 +72,7 @@ def compression(p: params.Evaluate, run: runs.Run, asked: params.Train, sae, lm)
         "device": str(lm.device), "blocks": {name: text.corpora.count(name) for name in dict.fromkeys(text.corpora)},
         "ranked_on": held.ranked_on, "ranked_on_tokens": found.tokens, "notes": notes,
         "text_sha256": hashlib.sha256(text.blocks.numpy().tobytes()).hexdigest()[:16],
-        "interval": f"bootstrap over blocks of text, {masked_passes.LEVEL:.0%}: within this SAE"}
+        "interval": f"bootstrap over blocks of text, {intervals.LEVEL:.0%}: within this SAE"}
     config["comparable"] = digest({key: value for key, value in config.items() if key != "d_sae"})
     report = {"eval": "compression", **measured, "config": config, "provenance": runs.provenance(seed=asked.seed),
               "seconds": round(time.perf_counter() - start, 2)}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sae_lib import params, runs
 from sae_lib.data import activations
 from sae_lib.data.language_model import PLANTED
-from sae_lib.evaluation import compression, foreign_run, importance, validity
+from sae_lib.evaluation import compression, foreign_run, importance, intervals, validity
 from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
 from sae_lib.sae.kept import keep
@@ -27,7 +27,6 @@ from sae_lib.sae.kept import keep
 FIGURES = ("full_absorption", "fully_absorbed", "absorption_fraction", "splits")
 """Columns of the letters' table that are results, and missing where there is none."""
 BOOTSTRAP = {"mean_full_absorption_score": "full_absorption", "mean_absorption_fraction_score": "absorption_fraction"}
-DRAWS, LEVEL = 1000, 0.95
 PROBES = "absorption_probes.safetensors"
 """Direction (D,) of each seed's and letter's probe, by ``seed<seed>.<letter>``."""
 
@@ -171,7 +170,7 @@ def _tables(found: dict[int, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _within(words: pd.DataFrame, letters: pd.DataFrame) -> dict[str, Any]:
-    return {"level": LEVEL, "by": "bootstrap over words within letters; letters are fixed",
+    return {"level": intervals.LEVEL, "by": "bootstrap over words within letters; letters are fixed",
             **{name: within(words, letters, column) for name, column in BOOTSTRAP.items()}}
 
 
@@ -243,10 +242,12 @@ def within(words: pd.DataFrame, letters: pd.DataFrame, column: str) -> list[floa
 
     It says how far the figure of *this* SAE rests on the words; nothing about a variant.
     """
-    draw, by_seed = np.random.default_rng(0), {}
     kept = letters.loc[letters.kept, ["seed", "letter"]]
-    for (seed, _), group in words.merge(kept, on=["seed", "letter"]).groupby(["seed", "letter"]):
-        values = group[column].to_numpy(dtype=float)
-        by_seed.setdefault(seed, []).append(values[draw.integers(len(values), size=(DRAWS, len(values)))].mean(1))
-    means = np.mean([np.mean(rates, axis=0) for rates in by_seed.values()], axis=0)
-    return [float(edge) for edge in np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+    counted = words.merge(kept, on=["seed", "letter"]).reset_index(drop=True)
+    groups = counted.groupby(["seed", "letter"])
+    # A mean over seeds of means over letters of means over words is one weighted sum of words.
+    words_in, letters_in = groups.letter.transform("size"), counted.groupby("seed").letter.transform("nunique")
+    share = counted[column].to_numpy(dtype=float) / (words_in * letters_in * counted.seed.nunique()).to_numpy()
+    drawn = intervals.spread(len(counted), lambda weights: {column: weights @ share},
+                             strata=list(groups.indices.values()))
+    return intervals.interval(drawn[column])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lib.evaluation import intervals
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.rerun import Rerun, file_of
 from sae_lib.evaluation.saebench import left_out
@@ -22,7 +23,6 @@ from sae_lib.progress import progress
 from sae_lib.sae.context import Context
 from sae_lib.sae.kept import keep
 
-DRAWS, LEVEL = 1000, 0.95
 BATCH = 8
 """Blocks that the model reads at once."""
 
@@ -53,12 +53,9 @@ class Sums(NamedTuple):
         The interval is a bootstrap over blocks; null where there are fewer than two.
         """
         own = np.flatnonzero(chosen)
-        once = np.ones((1, len(own)))
-        values = {name: float(found[0]) for name, found in self._of(mask, own, once).items()}
-        drawn = np.random.default_rng(0).multinomial(len(own), once[0] / len(own), size=DRAWS).astype(float)
-        edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-        spread = self._of(mask, own, drawn) if len(own) > 1 else {}
-        interval = {name: np.nanquantile(spread[name], edges).tolist() if spread else None
+        values = {name: float(found[0]) for name, found in self._of(mask, own, np.ones((1, len(own)))).items()}
+        spread = intervals.spread(len(own), lambda weights: self._of(mask, own, weights)) if len(own) > 1 else {}
+        interval = {name: intervals.interval(spread[name]) if spread else None
                     for name in ("explained_variance", "loss_recovered")}
         return values | {"interval": interval}
 

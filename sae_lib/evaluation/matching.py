@@ -36,10 +36,21 @@ def match(first: Tensor, second: Tensor) -> Match:
     A cosine under LEAST makes no pair. Raises RunError where the widths of the model differ. Cosines are in bfloat16
     where that is faster; of the pairs found they are computed anew in float32.
     """
+    forward, backward = nearest(first, second)
+    cosine = (first * second[forward]).sum(1)
+    mutual = (backward[forward] == torch.arange(len(first))) & (cosine >= LEAST)
+    return Match(torch.where(mutual, forward, -1).numpy(), cosine.numpy())
+
+
+def nearest(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """(F,) and (G,) the nearest row of the other, of unit rows (F, D) and (G, D); never more than ROWS x G cosines.
+
+    Raises RunError where the widths of the model differ. In bfloat16 where that is faster.
+    """
     if first.shape[1] != second.shape[1]:
         raise runs.RunError(f"decoder rows have {first.shape[1]} and {second.shape[1]} dimensions: not of one model")
-    best, forward = torch.full((len(second),), -2.0), []
-    backward = torch.zeros(len(second), dtype=torch.int64)
+    best, forward = torch.full((len(second),), -2.0, device=first.device), []
+    backward = torch.zeros(len(second), dtype=torch.int64, device=first.device)
     precision = kernels.precision_of("auto", first.device.type)
     a, b = (part.to(precision) for part in (first, second))
     for start in range(0, len(first), ROWS):
@@ -48,10 +59,7 @@ def match(first: Tensor, second: Tensor) -> Match:
         top, place = cosines.max(0)
         better = top > best
         best[better], backward[better] = top[better], place[better] + start
-    forward = torch.cat(forward)
-    cosine = (first * second[forward]).sum(1)
-    mutual = (backward[forward] == torch.arange(len(first))) & (cosine >= LEAST)
-    return Match(torch.where(mutual, forward, -1).numpy(), cosine.numpy())
+    return torch.cat(forward), backward
 
 
 def overview_difference(one: Snapshot, other: Snapshot, matched: Match, measure: str, cell: np.ndarray,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import stats
 
 from sae_lib import params, runs
+from sae_lib.evaluation import contrasts
 from sae_lib.metrics import METRICS
 
 TRAINING = ("explained_variance", "mse", "l0", "dead_share", "idle_share", "unused_share", "mean_cos2", "norm_ratio")
@@ -52,7 +52,7 @@ def _row(name: str) -> dict[str, Any]:
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """The row, whose values are words and numbers that a column can hold. Raises ValueError naming another."""
     for key, value in row.items():
-        number = key in FIGURES or key in NUMBERS or key.startswith(("loss/", "share/"))
+        number = key in FIGURES or key in NUMBERS or key.startswith(("loss/", "share/", "within/"))
         fine = (int, float) if number else bool if key == "stale" else str
         switch = isinstance(value, bool) and key != "stale"
         if value is not None and (switch or not isinstance(value, fine) or (number and abs(value) > LARGEST)):
@@ -80,18 +80,28 @@ def _read(run: runs.Run) -> dict[str, Any]:
     row |= {name: t.get(name) for name in TRAINING} | {name: core.get("metrics", {}).get(name) for name in CORE}
     row |= {f"loss/{key}": value for key, value in t.get("final_loss", {}).items()}
     row |= {f"share/{key}": value["median_share"] for key, value in t.get("terms", {}).items()}
+    row |= _within(core, CORE)
     absorption = run.json("evals/absorption.json", {})
+    row |= _within(absorption, LETTERS)
     row |= {name: absorption.get("metrics", {}).get(name) for name in LETTERS}
     row["letters"] = absorption.get("config", {}).get("comparable")
     for evaluation in FURTHER:
         report = run.json(f"evals/{evaluation}.json", {})
         row |= {name: value for name, value in report.get("metrics", {}).items() if name in FIGURES}
+        row |= _within(report, FURTHER[evaluation])
         row[evaluation] = report.get("config", {}).get("comparable")
     row["evaluation"] = core.get("config", {}).get("comparable")
     row["sae_bench"] = core.get("provenance", {}).get("packages", {}).get("sae-bench")
     row["stale"] = t.get("provenance", {}).get("library") != runs.library_digest()
     row["seconds"] = t.get("seconds")
     return row
+
+
+def _within(report: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
+    """A report's intervals "within this SAE" as columns ``within/<metric>/low`` and ``/high``, for those it has."""
+    found = report.get("within_this_sae") or {}
+    return {f"within/{name}/{side}": end for name in names if found.get(name)
+            for side, end in zip(("low", "high"), found[name], strict=True)}
 
 
 def variant_of(name: str) -> str:
@@ -110,7 +120,7 @@ def masked(table: pd.DataFrame) -> pd.DataFrame:
     So a mean over a metric's column of table.csv takes up results alone.
     """
     result = pd.Series(table.index.isin(results(table).index), table.index)
-    figures = [name for name in table if name in METRICS or name.startswith(("loss/", "share/"))]
+    figures = [name for name in table if name in METRICS or name.startswith(("loss/", "share/", "within/"))]
     moved = pd.DataFrame({f"not_a_result/{name}": table[name].where(~result) for name in figures})
     kept = table.assign(**{name: table[name].where(result) for name in figures})
     return pd.concat([kept, moved.dropna(axis=1, how="all")], axis=1)
@@ -185,53 +195,36 @@ def baselines(table: pd.DataFrame, baseline: str | None) -> pd.Series:
 
 
 def differences(table: pd.DataFrame, baseline: str | None, metrics=FIGURES, level: float = 0.95) -> pd.DataFrame:
-    """Each variant beside the baseline, paired by seed: difference, interval, and what may be said.
+    """Each variant beside the baseline, over the seeds that they share: difference, interval, and what may be said.
 
-    d_s = variant - baseline at seed s. Variance of d is pooled over the variants that have at least two pairs
-    (sum of squares about each variant's mean over sum of (n - 1)); the t interval of a variant's mean with n pairs is
-    mean +- t(pooled degrees of freedom) * sqrt(pooled variance / n). Holm's correction is within a metric. Fewer than
-    three pairs: no claim. A difference is called one only if its interval excludes zero and Holm keeps it.
+    Both come from one fit of variant + seed over all runs that share a baseline (``contrasts.fit``): with one variant,
+    the paired t interval. Holm's correction is within a metric. Fewer than three pairs: no claim. A difference is
+    called one only if its interval excludes zero and Holm keeps it.
     """
-    table = compared(table, baseline)
-    table = table.assign(own=baselines(table, baseline))
-    valid = results(table)
-    valid = valid[valid.apart == ""]
-    # Two runs of one variant and seed (of two studies, say) leave open which is meant: they pair with nothing.
-    valid = valid[~valid.duplicated(["variant", "seed"], keep=False)]
-    rows = []
+    valid, rows = single(table, baseline), []
     for metric in metrics:
-        pairs = {}
-        for variant, group in valid[valid.variant != valid.own].groupby("variant", sort=False):
-            base = valid[valid.variant == group.own.iloc[0]].set_index("seed")
-            both = group.set_index("seed")[metric].sub(base[metric]).dropna()
-            if len(both):
-                pairs[variant] = both.to_numpy(dtype=float)
-        rows += _intervals(metric, pairs, level)
+        found = []
+        for own, group in valid.dropna(subset=[metric]).groupby("own", sort=False):
+            fitted = contrasts.fit(group[metric], group.variant, group.seed)
+            base = set(group.seed[group.variant == own])
+            for variant, runs_of in group[group.variant != own].groupby("variant", sort=False):
+                if pairs := len(base & set(runs_of.seed)):
+                    row = {"metric": metric, "variant": variant, "pairs": pairs, **fitted.contrast(variant, own, level)}
+                    found.append(row | dict.fromkeys(("low", "high", "p"), np.nan) if pairs < 3 else row)
+        contrasts.holm(found)
+        rows += [row | {"claim": _claim(row, level)} for row in found]
     return pd.DataFrame(rows, columns=["metric", "variant", "pairs", "difference", "low", "high", "p_holm", "claim"])
 
 
-def _intervals(metric: str, pairs: dict[str, np.ndarray], level: float) -> list[dict[str, Any]]:
-    several = [d for d in pairs.values() if len(d) >= 2]
-    freedom = sum(len(d) - 1 for d in several)
-    pooled = sum(((d - d.mean()) ** 2).sum() for d in several) / freedom if freedom else np.nan
-    rows = []
-    for variant, d in pairs.items():
-        row = {"metric": metric, "variant": variant, "pairs": len(d), "difference": d.mean(), "low": np.nan,
-               "high": np.nan, "p": np.nan}
-        if len(d) >= 3:
-            error = np.sqrt(pooled / len(d))
-            reach = stats.t.ppf((1 + level) / 2, freedom) * error
-            row |= {"low": d.mean() - reach, "high": d.mean() + reach}
-            row["p"] = 2 * stats.t.sf(abs(d.mean()) / error, freedom) if error else float(d.mean() == 0)
-        rows.append(row)
-    tested = [row for row in rows if np.isfinite(row["p"])]
-    running = 0.0
-    for rank, row in enumerate(sorted(tested, key=lambda r: r["p"])):
-        running = max(running, min(1.0, row["p"] * (len(tested) - rank)))
-        row["p_holm"] = running
-    for row in rows:
-        row["claim"] = _claim(row, level)
-    return rows
+def single(table: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
+    """The runs that are results and compare with their baseline, whose variant ``own`` names, one a seed.
+
+    Two runs of one variant and seed (of two studies, say) leave open which is meant: neither is taken.
+    """
+    table = compared(table, baseline)
+    valid = results(table.assign(own=baselines(table, baseline)))
+    valid = valid[valid.apart == ""].dropna(subset=["seed"])
+    return valid[~valid.duplicated(["variant", "seed"], keep=False)]
 
 
 def _claim(row: dict[str, Any], level: float) -> str:

@@ -33,6 +33,10 @@ METRICS = listed(
            "an SAE whose output is 0"),
     Metric("mean_cos2", "Mean squared decoder cosine", -1, "cosine squared", "this workbook, weights", VERSION,
            "mean over pairs i != j of cos^2(W_dec_i, W_dec_j)", 0, 1, None, "random rows score about 1 / d_in"),
+    Metric("seed_stability", "Stability across seeds", 1, "share of latents", "this workbook, decoders of two seeds",
+           VERSION, "mean over pairs of seeds of 2 m / (n + n'), of n and n' latents that fire; m: decoder rows "
+           "matched one to one (Hungarian; mutual nearest in wide SAEs) of cosine >= 0.7 (arXiv 2501.16615)", 0, 1, 0,
+           "random rows"),
     Metric("loss_recovered", "Loss recovered", 1, "share", "this workbook, held-out text", VERSION,
            "as SAEBench's: (CE ablated - CE with the latents kept) / (CE ablated - CE without SAE); ablated: the "
            "activation is 0 everywhere; BOS, EOS and padding stay as they are", -inf, inf, 0,

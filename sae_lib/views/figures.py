@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS, of_core
-from sae_lib.views.template import GREY, dress, style
+from sae_lib.views.template import GREY, between, dress, style
 
 INERT, DOMINATING = 1e-3, 1.0
 
@@ -30,15 +30,24 @@ def measures(report: dict[str, Any]) -> pd.DataFrame:
 
 def evaluation(results: dict[str, Any]) -> pd.DataFrame:
     """What SAEBench core measured, one row per metric; all but explained variance by its own code."""
-    values = results.get("core", {}).get("metrics", {})
-    return explained({name if name == "explained_variance" else of_core(name): values[name] for name in METRICS
-                      if values.get(name) is not None})
+    report = results.get("core", {})
+    values, within = report.get("metrics", {}), report.get("within_this_sae", {})
+    called = {name: name if name == "explained_variance" else of_core(name) for name in METRICS
+              if values.get(name) is not None}
+    return explained({key: values[name] for name, key in called.items()},
+                     {key: within[name] for name, key in called.items() if within.get(name)})
 
 
-def explained(values: dict[str, float], **more: Any) -> pd.DataFrame:
-    """A row per metric with all that a reader must know of it; ``more`` are columns between, alike in every row."""
-    return pd.DataFrame([{"metric": METRICS[name].label, "value": value, "reading": METRICS[name].reading, **more,
-                          "unit": METRICS[name].unit, "range": METRICS[name].range, "source": METRICS[name].from_,
+def explained(values: dict[str, float], within: dict[str, list[float]] | None = None, **more: Any) -> pd.DataFrame:
+    """A row per metric with all that a reader must know of it; ``more`` are columns between, alike in every row.
+
+    ``within``: by metric its interval "within this SAE", a column of its own where there is any.
+    """
+    def beside(name):
+        return {"within this SAE": between(*within[name]) if name in within else ""} if within else {}
+    return pd.DataFrame([{"metric": METRICS[name].label, "value": value, **beside(name),
+                          "reading": METRICS[name].reading, **more, "unit": METRICS[name].unit,
+                          "range": METRICS[name].range, "source": METRICS[name].from_,
                           "definition": METRICS[name].formula} for name, value in values.items()])
 
 

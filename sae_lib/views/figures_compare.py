@@ -11,11 +11,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
-from sae_lib.views.template import GREY, GREY_INK, dress, mark, style
+from sae_lib.views.template import GREY, GREY_INK, dress, mark, smaller, style, value_within
 
 TABLE = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2",
          "mean_full_absorption_score")
 PANELS = ("explained_variance", "mse", "l0", "kl_div_with_sae")
+WITHIN = "small: 95 % within this SAE, with other text; between variants it says nothing"
 
 
 def main(table: pd.DataFrame) -> pd.Series:
@@ -172,7 +173,8 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
     said = [_wrapped("valid" if ok else why(row), 31) + (f"<br><i>{_wrapped(row.flags, 31)}</i>" if row.flags else "")
             for row, ok in zip(table.itertuples(), valid)]
     cells = [runs, said]
-    cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], measured)] for name in columns]
+    figures = [[smaller(cell or "–") for cell in _cells(table[name].where(measured), table)] for name in columns]
+    cells += figures
     ink = [["#111111" if ok else GREY_INK for ok in valid]] * len(head)
     fig = go.Figure(go.Table(
         columnwidth=[2.2, 3, *[1.5] * len(columns)],
@@ -180,17 +182,22 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
                 "font_size": 13},
         cells={"values": cells, "align": "left", "fill_color": "white", "font": {"size": 13, "color": ink},
                "height": 28, "line_color": "#CCCCCC"}))
-    heights = [30 + 19 * max(text.count("<br>"), name.count("<br>")) for name, text in zip(runs, said)]
+    heights = [30 + 19 * max(text.count("<br>") for text in row) for row in zip(*cells)]
+    if any("<br>" in cell for column in figures for cell in column):
+        caption += f"; {WITHIN}"
     return dress(fig, "Comparison (↑ higher is better, ↓ lower is better)", caption, width=460 + 140 * len(columns),
                  height=70 + 110 + sum(heights) + 100, top=70, side=30)
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for the page: verdicts, then every metric with its direction; no figures of runs not valid."""
+    """The table for the page: verdicts, then every metric with its direction; no figures of runs not valid.
+
+    Below a figure, its interval "within this SAE", where its evaluation drew one.
+    """
     shown = table[["run", "status", "reasons", "flags"]].rename(columns={"status": "verdict"})
     for name, metric in METRICS.items():
         if name in table and table[name].notna().any():
-            shown[metric.called] = table[name].where(table.status.isin(("valid", "null")))
+            shown[metric.called] = _cells(table[name].where(table.status.isin(("valid", "null"))), table)
     return shown.assign(library=["another" if row.get("stale") is True else "" for _, row in table.iterrows()])
 
 
@@ -206,6 +213,12 @@ def all_figures(comparison) -> dict[str, go.Figure]:
     return {"comparison_table": comparison_table(table, text),
             "training_curves_by_run": training_curves_by_run(comparison.histories, table, text),
             "final_losses": final_losses(table, text), "compression_panels": compression_panels(table, text)}
+
+
+def _cells(values: pd.Series, table: pd.DataFrame) -> list[str | None]:
+    """Figures of a metric's column with their intervals within each SAE."""
+    ends = [table.get(f"within/{values.name}/{side}", pd.Series(np.nan, table.index)) for side in ("low", "high")]
+    return [value_within(*row) for row in zip(values, *ends)]
 
 
 def _wrapped(text: str, width: int = 36) -> str:

@@ -80,7 +80,7 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
 
 
 def _mean_text(report: dict[str, Any], metric: str) -> str:
-    if metric not in report["metrics"]:
+    if metric not in report["metrics"] or not report["within_this_sae"].get(metric):
         return ""
     low, high = report["within_this_sae"][metric]
     return (f"; mean over letters {report['metrics'][metric]:.3f}, with other words "
@@ -158,7 +158,10 @@ def summary(found) -> pd.DataFrame:
     if not found.report or not found.report["metrics"]:
         return pd.DataFrame()
     kept = sorted({one["letters"] for one in found.report["seeds"].values() if one["metrics"]})
-    return explained(found.report["metrics"], letters=" to ".join(map(str, kept[::len(kept) - 1 or 1])))
+    within = found.report.get("within_this_sae", {})
+    within = {name: within[name] for name in found.report["metrics"] if within.get(name)}
+    return explained(found.report["metrics"], within,
+                     letters=" to ".join(map(str, kept[::len(kept) - 1 or 1])))
 
 
 def by_letter(letters: pd.DataFrame) -> pd.DataFrame:

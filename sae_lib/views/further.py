@@ -8,6 +8,7 @@ import pandas as pd
 
 from sae_lib.metrics import METRICS
 from sae_lib.views import show
+from sae_lib.views.template import value_within
 
 TITLES = {"sparse_probing": "Sparse probing", "scr": "Spurious correlation removal",
           "tpp": "Targeted probe perturbation", "unlearning": "Unlearning"}
@@ -23,13 +24,14 @@ HEADLINE = {"sparse_probing": "sae_top_1_test_accuracy", "scr": "scr_metric_thre
 
 
 def tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """By evaluation that gave figures: a row for each data set and one for their mean."""
+    """By evaluation that gave figures: a row for each data set and one for their mean, with intervals."""
     found = {}
     for name in READING:
         report = results.get(name, {})
         if report.get("metrics"):
-            details = [*report["raw"]["eval_result_details"], {"dataset_name": "mean", **report["metrics"]}]
-            found[name] = pd.DataFrame([_row(name, detail) for detail in details])
+            found[name] = pd.DataFrame([*(_row(name, detail) for detail in report["raw"]["eval_result_details"]),
+                                        _row(name, {"dataset_name": "mean", **report["metrics"]},
+                                             report.get("within_this_sae", {}))])
     return found
 
 
@@ -38,9 +40,11 @@ def display(results: dict[str, Any]) -> None:
     shown, asked = tables(results), [name for name in TITLES if name in results]
     for name in asked:
         report = results[name]
+        within = report.get("within_this_sae", {})
         data = "; ".join(f"{one}: {about}" for one, about in report["config"].get("data", {}).items())
         words = [f"**{TITLES[name]}**", _reading(name), f"{report['status']}: {report['reason']}."
-                 if "reason" in report else None, report.get("note"), f"Data: {data}." if data else None]
+                 if "reason" in report else None, report.get("note"), f"Data: {data}." if data else None,
+                 f"Small, within this SAE ({within['level']:.0%}): {within['by']}." if len(within) > 2 else None]
         show.markdown("\n\n".join(word for word in words if word))
         if name in shown:
             show.table(shown[name])
@@ -52,12 +56,13 @@ def _reading(name: str) -> str | None:
     return f"{READING[name]}; {METRICS[HEADLINE[name]].reading}." if name in READING else None
 
 
-def _row(name: str, detail: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, detail: dict[str, Any], within: dict[str, list[float]] | None = None) -> dict[str, Any]:
     if name == "sparse_probing":
-        figures = {f"{kind}, {f'top {k}' if k else 'all'}": detail.get(
-            f"{kind.lower()}_{f'top_{k}_' if k else ''}test_accuracy") for kind in ("LLM", "SAE") for k in (0, 1, 2, 5)}
+        keys = {f"{kind}, {f'top {k}' if k else 'all'}": f"{kind.lower()}_{f'top_{k}_' if k else ''}test_accuracy"
+                for kind in ("LLM", "SAE") for k in (0, 1, 2, 5)}
     else:
-        figures = {f"n = {key.split('_threshold_')[1].split('_')[0]}": value for key, value in detail.items()
-                   if key.startswith("scr_metric") or (name == "tpp" and key.endswith("_total_metric"))}
-    figures = {key: value for key, value in figures.items() if value is not None}
+        keys = {f"n = {key.split('_threshold_')[1].split('_')[0]}": key for key in detail
+                if key.startswith("scr_metric") or (name == "tpp" and key.endswith("_total_metric"))}
+    figures = {head: detail[key] if within is None else value_within(detail[key], *within.get(key, ()))
+               for head, key in keys.items() if detail.get(key) is not None}
     return {"data": detail["dataset_name"].removesuffix("_results"), **figures}

@@ -55,10 +55,28 @@ def mark(number: int, size: int = 12) -> dict:
     return {"size": size, "color": COLOURS[number % len(COLOURS)], "symbol": symbol, "line": {"width": 2 * (turn % 2)}}
 
 
+def value_within(value: float, low: float | None = None, high: float | None = None) -> str | None:
+    """A cell: the value and, in brackets, its interval where it has one; None for no value. Tables show it smaller."""
+    if pd.isna(value):
+        return None
+    return f"{value:.4g}" + ("" if low is None or pd.isna(low) else f" {between(low, high)}")
+
+
+def between(low: float, high: float) -> str:
+    """An interval as cells say it."""
+    return f"[{low:.4g} to {high:.4g}]"
+
+
+def smaller(cell: str) -> str:
+    """A cell's text in HTML, an interval at its end small, below a value."""
+    return re.sub(r"(^| )\[([^][]+ to [^][]+)\]$", lambda found: "<br>" * bool(found[1]) +
+                  f"<span style='font-size:11px;color:#555555;white-space:nowrap'>{found[2]}</span>", cell)
+
+
 def as_html(frame: pd.DataFrame, grey: pd.DataFrame | None = None) -> str:
     """A table for a page: its text escaped, figures to four digits, all to the left.
 
-    ``grey``, of the frame's shape, says which cells are no results.
+    ``grey``, of the frame's shape, says which cells are no results. Intervals in brackets at a cell's end are small.
     """
     text = frame.to_html(index=False, escape=True, na_rep="–", float_format=lambda v: f"{v:.4g}", border=0,
                          justify="left", classes="workbook")
@@ -67,6 +85,7 @@ def as_html(frame: pd.DataFrame, grey: pd.DataFrame | None = None) -> str:
     def styled(cell: re.Match) -> str:
         # A browser makes a column of sentences as narrow as its longest word.
         said = [f"color: {GREY_INK}"] * next(inks) + ["min-width: 20em"] * (len(cell[1]) > 60)
-        return f'<td style="{"; ".join(said)}">{cell[1]}</td>' if said else cell[0]
+        head = f'<td style="{"; ".join(said)}">' if said else "<td>"
+        return f"{head}{smaller(cell[1])}</td>"
     text = re.sub("<td>(.*?)</td>", styled, text, flags=re.DOTALL)
     return f"<style>.workbook td, .workbook th {{text-align: left !important; vertical-align: top}}</style>{text}"

@@ -29,7 +29,7 @@ def check_sae(sae, model: str, d_model: int) -> None:
 def wrap(sae, model: str, hook: str, *, device, dtype: torch.dtype, context: int, seen=None):
     """Our SAE as SAEBench's BaseSAE: latents by our own code in float32, weights in its layout for its statistics.
 
-    ``seen``, if given, is told of what passes: ``encoded(x)`` and ``decoded(x_hat)``.
+    ``seen``, if given, is told of what passes: ``encoded(x)`` and ``decoded(latents, x_hat)``.
     """
     from sae_bench.custom_saes.base_sae import BaseSAE
 
@@ -56,7 +56,7 @@ def wrap(sae, model: str, hook: str, *, device, dtype: torch.dtype, context: int
         def decode(self, feature_acts):
             x_hat = self.inner[0].decode(feature_acts.flatten(0, -2)).unflatten(0, feature_acts.shape[:-1])
             if self.seen is not None:
-                self.seen.decoded(x_hat)
+                self.seen.decoded(feature_acts, x_hat)
             return x_hat.to(self.dtype)
 
         def forward(self, x):

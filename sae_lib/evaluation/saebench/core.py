@@ -25,6 +25,7 @@ from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.rerun import Rerun, file_of
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
+from sae_lib.evaluation.saebench.core_blocks import Blocks
 from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.params import ParameterError, digest
 from sae_lib.runs import RunError
@@ -61,9 +62,9 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     """Run SAEBench core on ``sae`` (a SparseAutoencoder for raw activations) in the whole model ``lm`` at ``lm.hook``.
 
     ``texts`` are held-out documents. Returns eval, metrics (flat; units in ``metrics.METRICS``), config, raw
-    (SAEBench's own JSON), provenance, seconds; written as ``output_folder/core.json`` if a folder is given. Where
-    the text is too short for the preset, fewer batches are read, and config.note says so. Raises ParameterError
-    for what cannot be evaluated, RunError with SAEBench's own words when it gives no result.
+    (SAEBench's own JSON), intervals "within this SAE", provenance, seconds; written as ``output_folder/core.json`` if
+    a folder is given. Where the text is too short for the preset, fewer batches are read, and config.note says so.
+    Raises ParameterError for what cannot be evaluated, RunError with SAEBench's own words when it gives no result.
     """
     start = time.perf_counter()
     _check(sae, lm, preset, context)
@@ -102,7 +103,8 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
                                    {key: value for key, value in config.items() if key != "d_sae"}])
     seconds = time.perf_counter() - start
     report = {"eval": "core", "metrics": values, "config": config, "raw": raw, "provenance": provenance,
-              "seconds": round(seconds, 2), "seconds_setup": round(setup, 2), "model_reused": model.reused}
+              "within_this_sae": wrapped.seen.blocks.within(), "seconds": round(seconds, 2),
+              "seconds_setup": round(setup, 2), "model_reused": model.reused}
     if output_folder is not None:
         runs.write_json(Path(output_folder) / "core.json", report)
     return report
@@ -167,12 +169,16 @@ def _dtype(lm) -> str:
 
 
 class Seen:
-    """Activations and reconstructions that an evaluation passes by, special tokens left out, up to VARIANCE_ROWS."""
+    """Activations and reconstructions that an evaluation passes by, special tokens left out, up to VARIANCE_ROWS.
+
+    All of them are told to ``blocks``, which sums by block of text.
+    """
 
     def __init__(self, model):
         self.model = model
         """Knows the tokens (B, T) that it is reading."""
         self.special = left_out(model)
+        self.blocks = Blocks()
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.kept = self.positions = 0
@@ -182,10 +188,13 @@ class Seen:
         """Remember the activations (B, T, D) until their reconstruction comes."""
         self._x = x
 
-    def decoded(self, x_hat: Tensor) -> None:
-        """Keep the pair's rows of ordinary tokens."""
+    def decoded(self, latents: Tensor, x_hat: Tensor) -> None:
+        """Keep the pair's rows of ordinary tokens, and their sums."""
         text = ~torch.isin(self.model.tokens, self.special)
         room = max(0, VARIANCE_ROWS - self.kept)
+        self.blocks.hook(self._x, latents, x_hat, text)
+        if room:
+            self.blocks.rows(self._x.float(), x_hat.float(), text, room)
         self.inputs.append(self._x[text][:room].float().cpu())
         self.outputs.append(x_hat[text][:room].float().cpu())
         self.kept += len(self.inputs[-1])
@@ -216,7 +225,8 @@ def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: i
     listener = logging.StreamHandler(said)
     main.logger.addHandler(listener)
     try:
-        with (in_place(main, HookedTransformer=Model, ActivationsStore=Store),
+        with (in_place(main, HookedTransformer=Model, ActivationsStore=Store,
+                       get_recons_loss=wrapped.seen.blocks.recording(main.get_recons_loss)),
               contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)):
             results = main.multiple_evals(
                 [("workbook", wrapped)], batches.reconstruction, batches.sparsity, batches.rows,

@@ -7,14 +7,20 @@ SAEBench's own code. Later work (arXiv 2605.18229) holds both, at their usual se
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import io
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sae_lib.data import labelled
 from sae_lib.data.language_model import import_transformers
-from sae_lib.evaluation.saebench import model_side
+from sae_lib.evaluation.saebench import model_side, per_text
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
 from sae_lib.evaluation.saebench.sparse_probing import data_of, described, finished, mean_l0
 from sae_lib.params import ParameterError
@@ -77,7 +83,21 @@ def _evaluate(name: str, sae, lm, preset: str, *, seed: int = 42, threads: int =
         one: found.about for one, found in sets.items()} or dict.fromkeys(
         raw["eval_config"]["dataset_names"], "SAEBench's own, of the hub"))
     report["config"] |= {"texts": work.texts, "ablated": work.ablated}
-    return finished(report, metrics, raw, sum(work.l0s) / len(work.l0s), start, output_folder)
+    return finished(report, metrics, raw, sum(work.l0s) / len(work.l0s), start, output_folder,
+                    per_text.within(work.parts()))
+
+
+@dataclasses.dataclass
+class Tests:
+    """The tests of one data set's probes: of the SAE as it is, then with each class' latents ablated."""
+
+    answers: per_text.Answers
+    states: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    """By SAEBench's name of a test the number of its probe's answers; as it is first, then by class and count."""
+    classes: list[str] = dataclasses.field(default_factory=list)
+    noting: bool = False
+    """Whether what is prepared now is tested, and not trained on."""
+    asked: int = 0
 
 
 class Work:
@@ -91,6 +111,8 @@ class Work:
         self.l0s: list[float] = []
         self.texts: dict[str, dict[str, int]] = {}
         """Of each data set (or pair of labels) the training and test texts of a class (or combination)."""
+        self.tests: list[Tests] = []
+        """Of each, which test texts its probes put in the right class."""
 
     def call(self, folder: str) -> None:
         """Run SAEBench's ``run_eval``, its data and model in place for its length."""
@@ -117,24 +139,51 @@ class Work:
         wrapped = wrap(self.sae, self.lm.name, self.lm.hook, device=self.lm.device, dtype=self.lm.dtype,
                        context=self.asked.context)
         own = main.probe_training
-        training = SimpleNamespace(**{key: getattr(own, key) for key in (
-            "Probe", "prepare_probe_data", "test_probe_gpu")}, train_probe_on_activations=self._train)
+        training = SimpleNamespace(Probe=own.Probe, prepare_probe_data=self._prepare, test_probe_gpu=self._test,
+                                   train_probe_on_activations=self._train)
         with (in_place(dataset_info, dataset_metadata=dataset_info.dataset_metadata | columns,
                        chosen_classes_per_dataset=dataset_info.chosen_classes_per_dataset | classes),
               in_place(main, tqdm=quiet(), COLUMN2_VALS_LOOKUP=main.COLUMN2_VALS_LOOKUP | values,
                        probe_training=training, get_dataset_activations=self._activations,
                        get_all_node_effects_for_one_sae=self._reseeded(main.get_all_node_effects_for_one_sae),
-                       get_probe_test_accuracy=self._reseeded(main.get_probe_test_accuracy),
+                       get_probe_test_accuracy=self._reseeded(main.get_probe_test_accuracy, self._tested),
                        HookedTransformer=SimpleNamespace(from_pretrained_no_processing=lambda *_a, **_o: None))):
             main.run_eval(config, [("workbook", wrapped)], str(self.lm.device), folder, force_rerun=True,
                           save_activations=False)
 
-    def _reseeded(self, function):
+    def _reseeded(self, function, around=None):
         """The function, drawing the same each time, so that a probe is tested on one set of texts before and after."""
         def call(*args, **options):
             model_side.reseed(self.seed, self.at, function.__name__)
-            return function(*args, **options)
+            return around(function, *args, **options) if around else function(*args, **options)
         return call
+
+    def _tested(self, own, probes, classes, *args, **options):
+        """Accuracies of one state of the SAE; its probes' answers are noted under the names that SAEBench gives."""
+        test, before = self.tests[-1], self.tests[-1].asked
+        test.classes, test.noting = classes, True
+        found = own(probes, classes, *args, **options)
+        test.noting = False
+        test.states.append(dict(zip(found, range(before, test.asked), strict=True)))
+        return found
+
+    def _prepare(self, acts, *args, **options):
+        from sae_bench.evals.sparse_probing.probe_training import prepare_probe_data
+
+        test = self.tests[-1]
+        return (test.answers.preparing(prepare_probe_data, acts, *args, **options) if test.noting
+                else prepare_probe_data(acts, *args, **options))
+
+    def _test(self, inputs, labels, batch_size, probe):
+        from sae_bench.evals.sparse_probing.probe_training import test_probe_gpu
+
+        self.tests[-1].asked = 1 + self.tests[-1].answers.answered(per_text.right(probe, inputs, labels, batch_size))
+        return test_probe_gpu(inputs, labels, batch_size, probe)
+
+    def parts(self) -> list[tuple[per_text.Answers, per_text.Figures]]:
+        """Answers by data set (or pair of labels), and what SAEBench makes of their accuracies."""
+        make = _scr_of if self.name == "scr" else _tpp_of
+        return [(test.answers, functools.partial(make, test, self.ablated)) for test in self.tests]
 
     def _activations(self, name: str, config, _model, _batch, _layer, _hook, _device, classes, first=None, second=None):
         from sae_bench.evals.scr_and_tpp import dataset_creation
@@ -151,6 +200,7 @@ class Work:
         else:
             both = self.sets[name].sample(self.asked.train, self.asked.test, self.seed)
         self.texts[self.at] = {part: min(map(len, texts.values())) for part, texts in zip(("train", "test"), both)}
+        self.tests.append(Tests(per_text.Answers(both[1])))
         found = self.side.activations(self.at, *both)
         self.l0s.append(mean_l0(self.sae, next(iter(found[1].values()))))
         return found
@@ -183,3 +233,33 @@ class Work:
             probes[key] = probe_training.Probe(weight.shape[1], weight.dtype).to(weight.device)
             probes[key].load_state_dict({"net.weight": weight, "net.bias": bias})
         return probes, accuracy
+
+
+def _states(test: Tests, ablated: list[int], accuracies: np.ndarray):
+    """SAEBench's two tables of accuracies (W, M): by class, count and test, and those of the SAE as it is."""
+    clean, *changed = [{name: accuracies[:, number] for name, number in state.items()} for state in test.states]
+    held = iter(changed)
+    return {one: {count: next(held) for count in ablated} for one in test.classes}, clean
+
+
+def _tpp_of(test: Tests, ablated: list[int], accuracies: np.ndarray) -> dict[str, np.ndarray]:
+    """TPP's metrics, by SAEBench's own arithmetic, which does as well with (W,) values as with one."""
+    from sae_bench.evals.scr_and_tpp.main import create_tpp_plotting_dict
+
+    return create_tpp_plotting_dict(*_states(test, ablated, accuracies))[0]
+
+
+def _scr_of(test: Tests, ablated: list[int], accuracies: np.ndarray) -> dict[str, np.ndarray]:
+    """SCR's metrics, by SAEBench's own code draw by draw: it chooses a direction by the accuracies."""
+    from sae_bench.evals.scr_and_tpp.main import get_scr_plotting_dict
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = [get_scr_plotting_dict(*_one(*_states(test, ablated, row[None]))) for row in accuracies]
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: np.array([one.get(name, np.nan) for one in found], dtype=float) for name in names}
+
+
+def _one(changed, clean):
+    """The two tables of one draw, with numbers in place of arrays of one."""
+    return ({one: {count: {name: value[0] for name, value in state.items()} for count, state in by_count.items()}
+             for one, by_count in changed.items()}, {name: value[0] for name, value in clean.items()})

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sae_lib import params, runs
 from sae_lib.data import labelled
 from sae_lib.data.language_model import import_transformers
-from sae_lib.evaluation.saebench import model_side
+from sae_lib.evaluation.saebench import model_side, per_text
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
 from sae_lib.params import ParameterError, digest
 
@@ -66,7 +67,7 @@ def sparse_probing(sae, lm, preset: str = "default", *, seed: int = 42, threads:
     sets = {name: labelled.labelled(name).sample(asked.train, asked.test, seed) for name in names or ()}
     with settings(threads):
         side = model_side.ModelSide(lm, asked.context, mode)
-        raw, l0 = _run(sae, lm, side, sets, asked, seed)
+        raw, l0, answers = _run(sae, lm, side, sets, asked, seed)
     found = raw["eval_result_metrics"]
     metrics = {name: value for group in ("llm", "sae") for name, value in found[group].items() if value is not None}
     config = {"preset": preset, **asked._asdict(), "seed": seed, "k_values": list(K_VALUES)}
@@ -75,7 +76,7 @@ def sparse_probing(sae, lm, preset: str = "default", *, seed: int = 42, threads:
         raw["eval_config"]["dataset_names"], "SAEBench's own, of the hub"))
     report["config"]["texts"] = {name: [{label: len(texts) for label, texts in part.items()} for part in both]
                                  for name, both in sets.items()}
-    return finished(report, metrics, raw, l0, start, output_folder)
+    return finished(report, metrics, raw, l0, start, output_folder, per_text.within(answers))
 
 
 def described(name: str, lm, sae, side, config: dict[str, Any], data: dict[str, str]) -> dict[str, Any]:
@@ -93,11 +94,11 @@ def described(name: str, lm, sae, side, config: dict[str, Any], data: dict[str, 
 
 
 def finished(report: dict[str, Any], metrics: dict[str, float], raw: dict[str, Any], l0: float, start: float,
-             folder: Path | None) -> dict[str, Any]:
-    """The report with its figures, and a note where the SAE does not fire on the texts; written into ``folder``."""
+             folder: Path | None, within: dict[str, Any]) -> dict[str, Any]:
+    """The report with its figures and their intervals, and a note where the SAE does not fire; into ``folder``."""
     note = None if l0 >= EMPTY_L0 else (f"mean L0 on these texts is {l0:.2g}: (almost) no latent is active, and the "
                                         "figures are those of no SAE")
-    report |= {"metrics": metrics, "l0_texts": l0, "note": note, "raw": raw,
+    report |= {"metrics": metrics, "within_this_sae": within, "l0_texts": l0, "note": note, "raw": raw,
                "seconds": round(time.perf_counter() - start, 2)}
     if folder is not None:
         runs.write_json(Path(folder) / f"{report['eval']}.json", report)
@@ -111,8 +112,11 @@ def mean_l0(sae, x: torch.Tensor, most: int = 8192) -> float:
     return float((sae.encode(rows) != 0).float().sum(1).mean())
 
 
-def _run(sae, lm, side, sets, asked: Preset, seed: int) -> tuple[dict[str, Any], float]:
-    """SAEBench's own ``run_eval`` with activations and the model's own probes from ``side``: its JSON, and the L0."""
+def _run(sae, lm, side, sets, asked: Preset, seed: int):
+    """SAEBench's own ``run_eval`` with activations and the model's own probes from ``side``.
+
+    Its JSON, the L0, and by data set which texts the SAE's probes put in the right class.
+    """
     from sae_bench.evals.sparse_probing import main
     from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
@@ -122,6 +126,7 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int) -> tuple[dict[str, Any],
         context_length=asked.context, sae_batch_size=model_side.sae_batch(sae.d_sae, asked.context), llm_batch_size=32,
         llm_dtype=str(lm.dtype).removeprefix("torch."), model_name=lm.name, k_values=list(K_VALUES), **options)
     own, l0s, at = main.probe_training.train_probe_on_activations, [], SimpleNamespace(name="", calls=0)
+    heard: list[tuple[per_text.Answers, dict[str, int]]] = []
 
     def activations(name: str, *_args, **_options):
         both = sets.get(name) or [
@@ -129,6 +134,7 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int) -> tuple[dict[str, Any],
             for part in dataset_utils.get_multi_label_train_test_data(name, asked.train, asked.test, seed)]
         at.name, at.calls = name, 0
         found = side.activations(name, *both)
+        heard.append((per_text.Answers(both[1]), {}))
         l0s.append(mean_l0(sae, next(iter(found[1].values()))))
         return found
 
@@ -141,7 +147,12 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int) -> tuple[dict[str, Any],
             return own(train_acts, test_acts, select_top_k=select_top_k, **how)
 
         if not of_model:
-            return probed()
+            answers, numbers = heard[-1]
+            name = f"sae_top_{select_top_k}_test_accuracy" if select_top_k else "sae_test_accuracy"
+            with per_text.listening(answers, test_acts):
+                found = probed()
+            numbers[name] = len(found[1])  # probes, one a class
+            return found
         what = ["sparse_probing", seed, select_top_k, how]
         return {}, side.learnt(at.name, what, lambda: ({}, probed()[1]))[1]
 
@@ -153,4 +164,13 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int) -> tuple[dict[str, Any],
             main.run_eval(config, [("workbook", wrapped)], str(lm.device), folder, force_rerun=True,
                           save_activations=False)
 
-    return model_side.run("sparse probing", call, seed), sum(l0s) / len(l0s)
+    raw = model_side.run("sparse probing", call, seed)
+    return raw, sum(l0s) / len(l0s), [(answers, _means(numbers)) for answers, numbers in heard]
+
+
+def _means(numbers: dict[str, int]) -> per_text.Figures:
+    """Means over classes of accuracies (W, M), whose probes stand metric by metric, as many as ``numbers`` says."""
+    def figures(accuracies: np.ndarray) -> dict[str, np.ndarray]:
+        parts = np.split(accuracies, np.cumsum(list(numbers.values()))[:-1], axis=1)
+        return {name: part.mean(1) for name, part in zip(numbers, parts)}
+    return figures
