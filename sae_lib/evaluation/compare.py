@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from sae_lib import params, runs, studies
-from sae_lib.evaluation import distributions, results
+from sae_lib.evaluation import distributions, null_table, results
 
 LETTER_COLUMNS = ["letter", "kept", "full_absorption", "absorption_fraction", "splits"]
 DRAWN = {"step", "samples", "loss/reconstruction", "explained_variance"}
@@ -45,10 +45,12 @@ class Comparison(NamedTuple):
     """Quality of a Johnson-Lindenstrauss projection, by run that has one."""
     compression: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
     """By run that has any: evals/compression.json, evals/compression_absorption.json, and bounds by ingredient."""
+    nulls: pd.DataFrame = pd.DataFrame()
+    """A row per distinct null baseline of the runs (``null_table.collect``); in no rank, mean or series."""
 
 
 def compare(p: params.Compare) -> Comparison:
-    """Read the runs that ``p`` names (or all of its study) and write table.csv and differences.csv.
+    """Read the runs that ``p`` names (or all of its study) and write table.csv, nulls.csv and differences.csv.
 
     Raises RunError when there is nothing to compare; what is wrong with one run is a row of the table.
     """
@@ -64,6 +66,9 @@ def compare(p: params.Compare) -> Comparison:
                                         f"{params.nearest(p.frontier, params.VOCABULARY)}")
     differences = results.differences(table, p.baseline)
     _export(folder, "differences", differences)
+    nulls = null_table.collect(names)
+    # A file of their own: in the table's a reader's mean over a column would take them up.
+    _export(folder, "nulls", nulls)
     _export(folder, "table", results.masked(table))
     histories = {name: history for name in names if (history := _history(name)) is not None}
     apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
@@ -71,7 +76,7 @@ def compare(p: params.Compare) -> Comparison:
     return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
                       p.frontier, parameters_apart(table, p.baseline), _each(distributions.sparsity, table),
                       _each(distributions.projection, table),
-                      {name: found for name in names if any(found := _compression(name))})
+                      {name: found for name in names if any(found := _compression(name))}, nulls)
 
 
 def parameters_apart(table: pd.DataFrame, baseline: str | None) -> dict[str, str]:

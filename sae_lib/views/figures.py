@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS, of_core
+from sae_lib.views import beside_nulls
 from sae_lib.views.template import GREY, dress, style
 
 INERT, DOMINATING = 1e-3, 1.0
@@ -29,10 +30,11 @@ def measures(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def evaluation(results: dict[str, Any]) -> pd.DataFrame:
-    """What SAEBench core measured, one row per metric; all but explained variance by its own code."""
+    """What SAEBench core measured, one row per metric; all but explained variance by its own code. Nulls beside it."""
     values = results.get("core", {}).get("metrics", {})
-    return explained({name if name == "explained_variance" else of_core(name): values[name] for name in METRICS
-                      if values.get(name) is not None})
+    names = [name for name in METRICS if values.get(name) is not None]
+    table = explained({name if name == "explained_variance" else of_core(name): values[name] for name in names})
+    return beside_nulls.with_columns(table, results.get("nulls", {}), "core", names)
 
 
 def explained(values: dict[str, float], **more: Any) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from sae_lib.metrics import METRICS
-from sae_lib.views import show
+from sae_lib.views import beside_nulls, show
 
 TITLES = {"sparse_probing": "Sparse probing", "scr": "Spurious correlation removal",
           "tpp": "Targeted probe perturbation", "unlearning": "Unlearning"}
@@ -23,12 +23,14 @@ HEADLINE = {"sparse_probing": "sae_top_1_test_accuracy", "scr": "scr_metric_thre
 
 
 def tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """By evaluation that gave figures: a row for each data set and one for their mean."""
+    """By evaluation that gave figures: a row for each data set, one for their mean, and that of each null."""
     found = {}
     for name in READING:
         report = results.get(name, {})
         if report.get("metrics"):
             details = [*report["raw"]["eval_result_details"], {"dataset_name": "mean", **report["metrics"]}]
+            details += [{"dataset_name": f"mean, {what}", **metrics} for what, metrics in
+                        beside_nulls.figures(results.get("nulls", {}), name).items()]
             found[name] = pd.DataFrame([_row(name, detail) for detail in details])
     return found
 
@@ -40,10 +42,12 @@ def display(results: dict[str, Any]) -> None:
         report = results[name]
         data = "; ".join(f"{one}: {about}" for one, about in report["config"].get("data", {}).items())
         words = [f"**{TITLES[name]}**", _reading(name), f"{report['status']}: {report['reason']}."
-                 if "reason" in report else None, report.get("note"), f"Data: {data}." if data else None]
+                 if "reason" in report else None, report.get("note"), f"Data: {data}." if data else None,
+                 beside_nulls.without(results.get("nulls", {}), name)]
         show.markdown("\n\n".join(word for word in words if word))
         if name in shown:
-            show.table(shown[name])
+            own = len(results[name]["raw"]["eval_result_details"]) + 1
+            show.table(shown[name], shown[name].apply(lambda column, own=own: column.index >= own))
     if not asked:
         show.markdown("*none asked for*")
 
