@@ -1,6 +1,7 @@
 """Null baselines: what they are, that they are measured once, and where their figures go and do not go."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -86,17 +87,17 @@ def evaluated(tiny, tiny_store, tmp_path_factory):
         for seed in (1, 2):
             p = params.check("train", tiny().model_dump() | SMALL | {"run": f"nulls/topk-s{seed}", "seed": seed})
             trainer.train(p, activations.source(p), runs.start(p))
-        yield {"first": measured(1), "calls": []}
+        yield measured("topk-s1")
 
 
-def measured(seed, **changes):
+def measured(run, **changes):
     return evaluate.evaluate(params.check("eval", {
-        "run": f"nulls/topk-s{seed}", "eval_preset": "smoke", "evals": ["core", "sparse_probing"], "threads": 1,
+        "run": f"nulls/{run}", "eval_preset": "smoke", "evals": ["core", "sparse_probing"], "threads": 1,
         "mode": "batch", "device": "cpu", **changes}))
 
 
 def test_each_null_goes_through_the_run_s_own_evaluations(evaluated):
-    first = evaluated["first"]
+    first = evaluated
     found, own = first["nulls"], first["core"]["metrics"]
     assert list(found) == ALL and found == json.loads(json.dumps(runs.Run("nulls/topk-s1").json("evals/nulls.json")))
     for null in ALL:
@@ -121,19 +122,20 @@ def test_a_second_sae_evaluates_no_null_and_a_damaged_file_is_computed_again(eva
         return call
 
     monkeypatch.setattr(evaluate, "EVALS", {name: counted(name, one) for name, one in evaluate.EVALS.items()})
-    second = measured(2)
+    second = measured("topk-s2")
     assert calls == [("core", "topk", 192), ("sparse_probing", "topk", 192)], "its own alone"
-    assert second["nulls"] == evaluated["first"]["nulls"]
-    assert second["core"]["metrics"] != evaluated["first"]["core"]["metrics"]
-    files = sorted((runs.cache() / "evaluation").glob("nulls-*.json"))
-    before = {file: runs.read_json(file) for file in files}
+    assert second["nulls"] == evaluated["nulls"]
+    assert second["core"]["metrics"] != evaluated["core"]["metrics"]
+    files = [file for file in sorted((runs.cache() / "evaluation").glob("nulls-*.json"))
+             if "ce_loss_score" in runs.read_json(file)["metrics"]]
+    before = {file: runs.read_json(file)["metrics"] for file in files}
+    assert len(files) == 4
     (files[0].write_text("{dam"), files[1].write_text('{"metrics": 3}'))
-    again = measured(2)["nulls"]
-    for file in files[:2]:
-        assert runs.read_json(file)["metrics"] == before[file]["metrics"]
-    figures_of = {null: {name: entry["metrics"] for name, entry in entries.items()} for null, entries in again.items()}
-    assert figures_of == {null: {name: entry["metrics"] for name, entry in entries.items()}
-                          for null, entries in second["nulls"].items()}
+    again = measured("topk-s2", evals=["core"])["nulls"]
+    assert {file: runs.read_json(file)["metrics"] for file in files} == before
+    assert {null: entries["core"]["metrics"] for null, entries in again.items()} == {
+        null: entries["core"]["metrics"] for null, entries in second["nulls"].items()}
+    assert len(calls) == 2 + 1 + 2
 
 
 def test_a_null_that_fails_is_a_sentence_and_no_figure(evaluated, monkeypatch):
@@ -144,9 +146,10 @@ def test_a_null_that_fails_is_a_sentence_and_no_figure(evaluated, monkeypatch):
             raise runs.RunError("nothing came of it")
         return own(p, asked, sae, model)
 
+    shutil.copytree(runs.folder_of("nulls/topk-s1"), runs.folder_of("nulls/failing"))
     monkeypatch.setattr(evaluate, "EVALS", evaluate.EVALS | {"core": failing})
     monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(runs.cache() / "other"))
-    found = measured(1, evals=["core"], nulls=["random", "pca"])
+    found = measured("failing", evals=["core"], nulls=["random", "pca"])
     assert found["nulls"]["pca"]["core"] == {"status": "failed", "reason": "RunError: nothing came of it"}
     assert found["nulls"]["random"]["core"]["metrics"] and found["core"]["metrics"]
     assert "sparse_probing" in found["nulls"]["random"], "what an earlier 03 measured stays"
@@ -154,8 +157,8 @@ def test_a_null_that_fails_is_a_sentence_and_no_figure(evaluated, monkeypatch):
     table = figures.evaluation(found)
     assert "random SAE (topk, 192 latents)" in table and not any("component" in name for name in table)
     monkeypatch.setattr(null_saes, "ground_of", lambda *_: (_ for _ in ()).throw(runs.RunError("no store")))
-    assert measured(1, evals=["core"])["nulls"]["random"]["core"]["reason"] == "RunError: no store"
-    assert measured(1, evals=["core"], nulls=[])["nulls"] == {}
+    assert measured("failing", evals=["core"])["nulls"]["random"]["core"]["reason"] == "RunError: no store"
+    assert measured("failing", evals=["core"], nulls=[])["nulls"] == {}
 
 
 def test_what_a_null_has_no_figure_in_says_why():
@@ -164,13 +167,12 @@ def test_what_a_null_has_no_figure_in_says_why():
 
 
 def test_tables_of_03_and_05_show_nulls_apart_from_runs(evaluated):
-    first = measured(1)
+    first = evaluated
     table = figures.evaluation(first)
     assert list(table.columns[2:6]) == ["random SAE (topk, 192 latents)", "untrained SAE (topk, 192 latents)",
                                         "8 principal components", "raw residual stream"]
     probing = further.tables(first)["sparse_probing"]
     assert probing.data.tolist()[-5:] == ["mean", *(f"mean, {what}" for what in table.columns[2:6])]
-    measured(2)
     names = ["nulls/topk-s1", "nulls/topk-s2"]
     found = compare.compare(params.check("compare", {"study": "nulls", "runs": names}))
     assert found.nulls.null.tolist() == ALL and set(found.nulls.beside) == {", ".join(names)}
@@ -193,8 +195,9 @@ def test_a_null_of_another_evaluation_is_another_row(elsewhere):
     for number, comparable in enumerate("aab"):
         folder = runs.folder_of(f"s/x-s{number}")
         runs.write_text(folder / "params.yaml", "model: tiny\n")
-        runs.write_json(folder / "evals/nulls.json", {"random": {"core": {
-            "metrics": {"ce_loss_score": 0.1}, "config": {"what": "random SAE", "weights": "w", "comparable": comparable}}}})
+        about = {"what": "random SAE", "weights": "w", "comparable": comparable}
+        runs.write_json(folder / "evals/nulls.json", {"random": {"core": {"metrics": {"ce_loss_score": 0.1},
+                                                                          "config": about}}})
     runs.write_text(runs.folder_of("s/x-s0") / "evals/absorption_nulls.json", json.dumps({"random": {"absorption": {
         "status": "failed", "reason": "why"}}}))
     table = null_table.collect(["s/x-s0", "s/x-s1", "s/x-s2", "s/absent-s1"])

@@ -31,7 +31,8 @@ def collect(names: list[str]) -> pd.DataFrame:
                 _add(found, _row(null, entries, training, values), name)
         except (runs.RunError, params.ParameterError, KeyError, TypeError, AttributeError, ValueError):
             continue
-    rows = sorted(found.values(), key=lambda row: list(LABELS).index(row["null"]))
+    rows = [row | {"beside": ", ".join(row["beside"]), "without": "; ".join(row["without"].values())}
+            for row in sorted(found.values(), key=lambda row: list(LABELS).index(row["null"]))]
     table = pd.DataFrame(rows, columns=[*COLUMNS, *results.FIGURES])
     return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in results.FIGURES})
 
@@ -42,8 +43,8 @@ def _row(null: str, entries: dict[str, Any], training: dict[str, Any], values: d
     row = {"null": null, "run": f"null: {about.get('what', LABELS[null])}", "label": LABELS[null],
            "model": values.get("model"), "hook": training.get("hook"), "architecture": about.get("architecture"),
            "d_sae": about.get("d_sae"), "weights": about.get("weights", "")}
-    row["without"] = "; ".join(f"{name}: {entry['status']}, {entry['reason']}" for name, entry in entries.items()
-                               if name not in fine)
+    row["without"] = {name: f"{name}: {entry['status']}, {entry['reason']}" for name, entry in entries.items()
+                      if name not in fine}
     row["compare"] = {name: entry["config"]["comparable"] for name, entry in fine.items()}
     for name, entry in fine.items():
         row |= {metric: entry["metrics"].get(metric) for metric in OF[name] if metric in results.FIGURES}
@@ -54,12 +55,10 @@ def _add(found: dict[str, dict[str, Any]], row: dict[str, Any], name: str) -> No
     """Join a row with one of the same null, unless an evaluation that both have was another one."""
     for place in range(1 + len(found)):
         key = f"{row['null']} {row['weights']} {place}"
-        other = found.get(key)
-        if other is None:
-            found[key] = row | {"beside": name}
-            return
+        other = found.setdefault(key, {"compare": {}, "without": {}, "beside": []})
         if all(other["compare"].get(one, same) == same for one, same in row["compare"].items()):
-            told = {one: value for one, value in row.items() if pd.notna(value) or one not in other}
-            found[key] = other | told | {"beside": f"{other['beside']}, {name}",
-                                         "compare": other["compare"] | row["compare"]}
+            compare, without = (other[part] | row[part] for part in ("compare", "without"))
+            told = {one: value for one, value in row.items() if value is not None or one not in other}
+            found[key] = other | told | {"compare": compare, "beside": [*other["beside"], name],
+                                         "without": {one: why for one, why in without.items() if one not in compare}}
             return

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from sae_lib.evaluation.null_saes import LABELS
+from sae_lib.views.template import GREY_INK
 
 
 def figures(nulls: dict[str, Any], evaluation: str) -> dict[str, dict[str, float]]:
@@ -34,3 +36,16 @@ def without(nulls: dict[str, Any], *evaluations: str) -> str:
             elif entry.get("note"):
                 said.append(f"{entry['config']['what']}, {evaluation}: {entry['note']}.")
     return "\n\n".join(said)
+
+
+def draw(fig: go.Figure, nulls: pd.DataFrame, metric: str, span: tuple[float, float], line: str, **place: int) -> None:
+    """A dotted line (``line``: hline or vline) in a panel for each row of ``nulls`` whose figure is on its axis.
+
+    Not for the raw residual stream: it loses nothing, which no SAE could reach.
+    """
+    for row in () if nulls is None else nulls[nulls.null != "residual"].to_dict("records"):
+        if span[0] <= row[metric] <= span[1]:
+            getattr(fig, f"add_{line}")(
+                row[metric], line={"color": GREY_INK, "width": 1, "dash": "dot"}, **place,
+                annotation={"text": row["label"], "font": {"size": 10, "color": GREY_INK}},
+                annotation_position="bottom right" if line == "hline" else "top right")
