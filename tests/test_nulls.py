@@ -222,7 +222,9 @@ def test_what_is_not_better_than_a_null_is_flagged_by_its_interval(report, entry
     found = validity._not_better({"core": report}, {"random": entry})
     assert bool(found) == flagged
     if flagged:
-        assert found[0].startswith("explained variance 0.600") and "not above that of the null baseline" in found[0]
+        other = entry["core"]["metrics"]["explained_variance"]
+        assert found[0].startswith("explained variance 0.600")
+        assert found[0].endswith(f"not above that of null baselines: random SAE {other:.3f}")
     assert validity._not_better({"core": report}, {"residual": entry}) == []
 
 

@@ -16,7 +16,7 @@ FURTHER = ("sparse_probing", "scr", "tpp", "unlearning")
 """SAEBench's evaluations beside core and absorption."""
 BESIDE_NULLS = {"core": ("explained_variance", "ce_loss_score"), "sparse_probing": ("sae_top_1_test_accuracy",),
                 "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",),
-                "absorption": ("mean_full_absorption_score",)}
+                "absorption": ("mean_full_absorption_score", "mean_absorption_fraction_score")}
 """Of each evaluation, the figures that a trained SAE should have better than a null baseline."""
 DEAD_LIMIT, EMPTY_L0, FOLD_LIMIT, NORM_RATIO = 0.9, 0.1, 1e-4, (0.2, 2.0)
 
@@ -129,21 +129,21 @@ def _not_better(reports: dict[str, dict[str, Any]], nulls: dict[str, dict[str, A
     found = []
     for evaluation, metrics in BESIDE_NULLS.items():
         report = reports.get(evaluation) or {}
+        # The raw stream in place of itself loses nothing: it says nothing of a reconstruction.
+        entries = [entry for null, of in nulls.items() if (entry := of.get(evaluation, {})).get("metrics")
+                   and (null, evaluation) != ("residual", "core")
+                   and entry["config"]["comparable"] == report.get("config", {}).get("comparable")]
         for name in metrics:
-            value, direction = report.get("metrics", {}).get(name), METRICS[name].direction
+            value, metric = report.get("metrics", {}).get(name), METRICS[name]
             within = (report.get("within_this_sae") or {}).get(name)
-            worst = value if within is None else within[0 if direction > 0 else 1]
-            for null, entries in nulls.items():
-                entry = entries.get(evaluation) or {}
-                other = (entry.get("metrics") or {}).get(name)
-                # The raw stream in place of itself loses nothing: it says nothing of a reconstruction.
-                if None in (worst, other) or (null, evaluation) == ("residual", "core"):
-                    continue
-                same = entry["config"]["comparable"] == report["config"].get("comparable")
-                if same and direction * (worst - other) <= 0:
-                    said = f"{value:.3f}" + (f" [{within[0]:.3f}, {within[1]:.3f}]" if within else "")
-                    found.append(f"{METRICS[name].label.lower()} {said} not {'above' if direction > 0 else 'below'} "
-                                 f"that of the null baseline '{entry['config']['what']}' ({other:.3f})")
+            worst = value if within is None else within[0 if metric.direction > 0 else 1]
+            better = [f"{entry['config']['what']} {other:.3f}" for entry in entries
+                      if None not in (worst, other := entry["metrics"].get(name))
+                      and metric.direction * (worst - other) <= 0]
+            if better:
+                said = f"{value:.3f}" + (f" [{within[0]:.3f}, {within[1]:.3f}]" if within else "")
+                found.append(f"{metric.label.lower()} {said} not {'above' if metric.direction > 0 else 'below'} that "
+                             f"of null baselines: {', '.join(better)}")
     return found
 
 
