@@ -37,7 +37,7 @@ def plan(study: str) -> int:
         print(f"{cost.what}: {cost.tokens:,} {'tokens' if cost.what.startswith('store') else 'samples'}, "
               f"{cost.gigabytes:.2f} GB, {cost.minutes:.1f} min{cost.note}")
     print(f"{study}: {len(members)} runs, {sum(c.gigabytes for c in costs):.2f} GB, about "
-          f"{sum(c.minutes for c in costs):.0f} minutes on all cores of this machine (04 and pictures not counted)")
+          f"{sum(c.minutes for c in costs):.0f} minutes on all cores of this machine (04, nulls, pictures not counted)")
     return 0
 
 

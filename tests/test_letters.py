@@ -119,6 +119,19 @@ def test_a_further_sae_trains_no_probe_and_loads_no_model(first, monkeypatch):
     assert other.report["config"]["comparable"] == first.report["config"]["comparable"]
     assert (other.letters.reason == first.letters.reason).all()
     assert other.report["metrics"] != first.report["metrics"]
+    # Nor does it measure a null baseline again: both are of one shape.
+    assert other.nulls == first.nulls == runs.Run("letters/second").json("evals/absorption_nulls.json")
+    assert list(first.nulls) == ["random", "untrained"]
+    random = first.nulls["random"]["absorption"]
+    assert random["config"]["comparable"] == first.report["config"]["comparable"]
+    if random["metrics"]:
+        metric = "mean_full_absorption_score"
+        low, high = random["within_this_sae"][metric]
+        assert low <= random["metrics"][metric] <= high
+        shown = figures_letters.summary(first)
+        assert random["metrics"][metric] in shown["random SAE (topk, 192 latents)"].tolist()
+        drawn = str(figures_letters.all_figures(first)["letter_absorption"].layout.annotations)
+        assert f"random SAE {random['metrics'][metric]:.3f}" in drawn
 
 
 def test_seeds_are_applied_and_leave_no_trace(first):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from sae_lib import params, runs, studies
-from sae_lib.evaluation import distributions, ranking, results
+from sae_lib.evaluation import distributions, null_table, ranking, results
 
 LETTER_COLUMNS = ["letter", "kept", "full_absorption", "absorption_fraction", "splits"]
 DRAWN = {"step", "samples", "loss/reconstruction", "explained_variance"}
@@ -47,10 +47,12 @@ class Comparison(NamedTuple):
     """By run that has any: evals/compression.json, evals/compression_absorption.json, and bounds by ingredient."""
     ranking: pd.DataFrame = pd.DataFrame(columns=ranking.COLUMNS)
     """Variants in order, by metric, and which of them seeds do not tell apart."""
+    nulls: pd.DataFrame = pd.DataFrame()
+    """A row per distinct null baseline of the runs (``null_table.collect``); in no rank, mean or series."""
 
 
 def compare(p: params.Compare) -> Comparison:
-    """Read the runs that ``p`` names (or all of its study) and write table, differences and ranking as files.
+    """Read the runs that ``p`` names (or all of its study) and write table, nulls, differences and ranking as files.
 
     Raises RunError when there is nothing to compare; what is wrong with one run is a row of the table.
     """
@@ -68,6 +70,9 @@ def compare(p: params.Compare) -> Comparison:
     ranked = ranking.ranking(table, p.baseline)
     _export(folder, "ranking", ranked)
     _export(folder, "differences", differences)
+    nulls = null_table.collect(names)
+    # A file of their own: in the table's a reader's mean over a column would take them up.
+    _export(folder, "nulls", nulls)
     _export(folder, "table", results.masked(table))
     histories = {name: history for name in names if (history := _history(name)) is not None}
     apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
@@ -75,7 +80,7 @@ def compare(p: params.Compare) -> Comparison:
     return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
                       p.frontier, parameters_apart(table, p.baseline), _each(distributions.sparsity, table),
                       _each(distributions.projection, table),
-                      {name: found for name in names if any(found := _compression(name))}, ranked)
+                      {name: found for name in names if any(found := _compression(name))}, ranked, nulls)
 
 
 def parameters_apart(table: pd.DataFrame, baseline: str | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sae_lib import params, runs
-from sae_lib.evaluation import foreign_run, validity
+from sae_lib.evaluation import foreign_run, nulls, validity
 
 
 def trained(run: runs.Run) -> params.Train:
@@ -27,6 +27,8 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
 
     With ``p.sae`` the SAE of that folder, made elsewhere, becomes the run first.
 
+    With ``p.nulls`` the same evaluations of SAEs that learnt nothing are in ``nulls`` (``evaluation.nulls``).
+
     An SAE whose weights are not finite is not evaluated: it is invalid already, and every figure would be NaN.
     """
     run = foreign_run.bring_in(p) if p.sae else runs.Run(p.run)
@@ -41,11 +43,14 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
                 if name in p.evals:
                     results[name] = EVALS[name](p, asked, sae, model)
                     runs.write_json(run.path / f"evals/{name}.json", results[name])
+            results["nulls"] = nulls.of_evaluations(p, run, asked, sae, results,
+                                                    lambda name, null: EVALS[name](p, asked, null, model))
             if p.compression_ratios:
                 results["compression"] = _compression(p, run, asked, sae, model)
                 runs.write_json(run.path / "evals/compression.json", results["compression"])
         verdict = validity.update(run)
-        runs.write_json(run.path / "evals" / "done.json", {"evals": sorted(results), "status": verdict.status})
+        runs.write_json(run.path / "evals" / "done.json", {"evals": sorted({*results} - {"nulls"}),
+                                                              "status": verdict.status})
     return results
 
 

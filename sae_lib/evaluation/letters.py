@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from sae_lib import params, runs
 from sae_lib.data import activations
 from sae_lib.data.language_model import PLANTED
-from sae_lib.evaluation import compression, foreign_run, importance, intervals, validity
+from sae_lib.evaluation import compression, foreign_run, importance, intervals, nulls, validity
 from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
 from sae_lib.sae.kept import keep
@@ -44,6 +44,8 @@ class Letters(NamedTuple):
     verdict: validity.Verdict
     by_ratio: dict[str, Any] = {}
     """The content of evals/compression_absorption.json; empty where no ``absorption_ratios`` were asked for."""
+    nulls: nulls.Found = {}
+    """The content of evals/absorption_nulls.json."""
 
 
 def evaluate(p: params.Letters) -> Letters:
@@ -57,15 +59,15 @@ def evaluate(p: params.Letters) -> Letters:
     with run.stage("04_letter_absorption"):
         asked = trained(run)
         verdict, folder = validity.update(run), run.path / "evals"
-        report, letters, words, by_ratio = {}, pd.DataFrame(), pd.DataFrame(), {}
+        report, letters, words, by_ratio, found = {}, pd.DataFrame(), pd.DataFrame(), {}, {}
         why = "a planted world has no letters" if asked.model == PLANTED else "; ".join(verdict.reasons)
         if asked.model == PLANTED or run.json("training.json")["nonfinite"]:
             print(f"not evaluated: {why}")
             for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES,
-                         "compression_absorption.json"):
+                         "compression_absorption.json", "absorption_nulls.json"):
                 (folder / name).unlink(missing_ok=True)
         else:
-            report, letters, words, by_ratio = _measure(p, run, asked)
+            report, letters, words, by_ratio, found = _measure(p, run, asked)
             verdict = validity.judge(run.json("training.json"), run.json("evals/core.json"), asked.role, report,
                                      validity.further(run))
             report, letters, words = marked(report, letters, words, verdict)
@@ -79,11 +81,11 @@ def evaluate(p: params.Letters) -> Letters:
         verdict = validity.update(run)
         runs.write_json(folder / "letters_done.json", {"evals": ["absorption"] * bool(report),
                                                        "status": verdict.status})
-    return Letters(run, report, letters, words, verdict, by_ratio)
+    return Letters(run, report, letters, words, verdict, by_ratio, found)
 
 
 def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
-    """The report before the gate, the two tables over all seeds, and absorption by share of latents kept."""
+    """The report before the gate, both tables over all seeds, absorption by share of latents kept, and of nulls."""
     from sae_lib.data import language_model
     from sae_lib.evaluation.saebench import adapter, letter_words
     from sae_lib.evaluation.saebench.absorption import absorption, sparse_batch
@@ -138,7 +140,9 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
                 for ratio, kept, one in masked]
     curve = {"eval": "absorption by share of latents kept", "by_ratio": by_ratio, "config": report["config"],
              "provenance": report["provenance"]}
-    return report, letters, tested, curve if by_ratio else {}
+    with adapter.settings(p.threads):
+        beside = nulls.of_letters(p, run, asked, sae, report, lambda _, null: _of_null(null, found, config, ask))
+    return report, letters, tested, curve if by_ratio else {}, beside
 
 
 def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any], ask):
@@ -155,6 +159,14 @@ def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any]
         rows.append((ratio, int(kept.sum()), found if kept.all() else {seed: ask(part, seed) for seed in found}))
         print(f"{ratio:.0%} of the latents: absorption measured, {time.perf_counter() - began:.0f} s", flush=True)
     return rows
+
+
+def _of_null(null, found: dict[int, Any], config: dict[str, Any], ask) -> dict[str, Any]:
+    """The report of a null baseline, with the seeds of ``found``."""
+    one = {seed: ask(null, seed) for seed in found}
+    letters, words = _tables(one)
+    report = _report(one, config | {"d_sae": null.d_sae})
+    return report | ({"within_this_sae": _within(words, letters)} if report["metrics"] else {})
 
 
 def _row(report: dict[str, Any], letters: pd.DataFrame, words: pd.DataFrame) -> dict[str, Any]:

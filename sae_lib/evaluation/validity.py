@@ -9,10 +9,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sae_lib import runs
+from sae_lib.metrics import METRICS
 from sae_lib.training.terms import INERT
 
 FURTHER = ("sparse_probing", "scr", "tpp", "unlearning", "truth")
 """The evaluations beside core and absorption."""
+BESIDE_NULLS = {"core": ("explained_variance", "ce_loss_score"), "sparse_probing": ("sae_top_1_test_accuracy",),
+                "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",),
+                "absorption": ("mean_full_absorption_score", "mean_absorption_fraction_score")}
+"""Of each evaluation, the figures that a trained SAE should have better than a null baseline."""
 DEAD_LIMIT, EMPTY_L0, FOLD_LIMIT, NORM_RATIO = 0.9, 0.1, 1e-4, (0.2, 2.0)
 
 
@@ -30,11 +35,13 @@ class Verdict(NamedTuple):
 
 
 def judge(training: dict[str, Any], core: dict[str, Any] | None = None, role: str = "normal",
-          absorption: dict[str, Any] | None = None, further: dict[str, dict[str, Any]] | None = None) -> Verdict:
+          absorption: dict[str, Any] | None = None, further: dict[str, dict[str, Any]] | None = None,
+          nulls: dict[str, dict[str, Any]] | None = None) -> Verdict:
     """Apply every rule that the measurements at hand allow. Missing or null measures count as not finite.
 
     Of ``further`` evaluations, by name, it is asked only that they are of the trained SAE and its model and layer.
-    A null baseline (``role: null``) is exempt: what the rules find is said as flags.
+    A null baseline (``role: null``) is exempt: what the rules find is said as flags. Of a valid run it is flagged
+    which figures are not better than those of ``nulls`` (``evaluation.nulls``).
     """
     reasons = _training_faults(training)
     if core is not None:
@@ -49,6 +56,8 @@ def judge(training: dict[str, Any], core: dict[str, Any] | None = None, role: st
     checked += [name for name, report in (further or {}).items() if "status" not in report]
     if role == "null":
         return Verdict("null", [], [f"null baseline: {text}" for text in reasons] + flags, checked)
+    if not reasons:
+        flags += _not_better({"core": core or {}} | noted, nulls or {})
     return Verdict("invalid" if reasons else "valid", reasons, flags, checked)
 
 
@@ -115,6 +124,29 @@ def _other_than_trained(t: dict[str, Any], config: dict[str, Any]) -> list[str]:
             if config.get(key) != t.get(key)]
 
 
+def _not_better(reports: dict[str, dict[str, Any]], nulls: dict[str, dict[str, Any]]) -> list[str]:
+    """Figures that, by their interval where there is one, are not better than a null's in the same evaluation."""
+    found = []
+    for evaluation, metrics in BESIDE_NULLS.items():
+        report = reports.get(evaluation) or {}
+        # The raw stream in place of itself loses nothing: it says nothing of a reconstruction.
+        entries = [entry for null, of in nulls.items() if (entry := of.get(evaluation, {})).get("metrics")
+                   and (null, evaluation) != ("residual", "core")
+                   and entry["config"]["comparable"] == report.get("config", {}).get("comparable")]
+        for name in metrics:
+            value, metric = report.get("metrics", {}).get(name), METRICS[name]
+            within = (report.get("within_this_sae") or {}).get(name)
+            worst = value if within is None else within[0 if metric.direction > 0 else 1]
+            better = [f"{entry['config']['what']} {other:.3f}" for entry in entries
+                      if None not in (worst, other := entry["metrics"].get(name))
+                      and metric.direction * (worst - other) <= 0]
+            if better:
+                said = f"{value:.3f}" + (f" [{within[0]:.3f}, {within[1]:.3f}]" if within else "")
+                found.append(f"{metric.label.lower()} {said} not {'above' if metric.direction > 0 else 'below'} that "
+                             f"of null baselines: {', '.join(better)}")
+    return found
+
+
 def _flags(t: dict[str, Any]) -> list[str]:
     flags = list(t.get("notes", []))
     if t["l0"] is not None and t["l0"] > t["d_in"] / 2:
@@ -141,6 +173,15 @@ def further(run: runs.Run) -> dict[str, dict[str, Any]]:
     return {name: report for name, report in found.items() if report}
 
 
+def null_baselines(run: runs.Run) -> dict[str, dict[str, Any]]:
+    """What 03 and 04 wrote of null baselines into a run's evals/, by null and evaluation, as far as it is there."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("nulls", "absorption_nulls"):
+        for null, entries in run.json(f"evals/{name}.json", {}).items():
+            found[null] = found.get(null, {}) | entries
+    return found
+
+
 def update(run: runs.Run) -> Verdict:
     """Judge a run by all that its folder holds and write validity.json."""
     training = run.json("training.json")
@@ -149,10 +190,10 @@ def update(run: runs.Run) -> Verdict:
     role = run.params.get("role", "normal")
     measured = run.json("evals/core.json"), run.json("evals/absorption.json")
     try:
-        verdict = judge(training, measured[0], role, measured[1], further(run))
+        verdict = judge(training, measured[0], role, measured[1], further(run), null_baselines(run))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise runs.RunError(f"{run.path}: training.json, evals/core.json, evals/absorption.json or that of another "
-                            f"evaluation is damaged ({error!r}); run their notebooks again") from None
+                            f"evaluation or of nulls is damaged ({error!r}); run their notebooks again") from None
     runs.write_json(run.path / "validity.json", {**verdict._asdict(), "role": role, "provenance": runs.provenance()})
     return verdict
 

@@ -177,6 +177,9 @@ def _ratios(value: list[float]) -> list[float]:
     return sorted(value, reverse=True)
 
 
+Null = Literal["random", "untrained", "pca", "residual"]
+
+
 class Evaluate(Common):
     """03_eval: SAEBench and our own measures of one SAE."""
 
@@ -184,6 +187,8 @@ class Evaluate(Common):
     """SAEBench evaluations to run: core, sparse_probing, scr, tpp, unlearning; truth is for a planted world."""
     eval_preset: Literal["smoke", "default", "paper"] = "default"
     """How much text: smoke, default, or paper (SAEBench's own amounts)."""
+    nulls: list[Null] = ["random", "untrained", "pca", "residual"]
+    """Null baselines that every evaluation is run on too, once for all SAEs of a shape; empty runs none."""
     compression_ratios: list[float] = []
     """Shares of the latents to keep, the most important ones, each measured in turn; empty measures none."""
     model: str | None = None
@@ -210,6 +215,8 @@ class Letters(Common):
     """Seeds of the evaluation itself: prompts, split of the words, probes."""
     absorption_words_per_letter: int = Field(250, ge=20)
     """Words of a letter at most, training and test."""
+    nulls: list[Null] = ["random", "untrained"]
+    """Null baselines that absorption is measured of too, once for all SAEs of a shape; empty measures none."""
     absorption_ratios: list[float] = []
     """Shares of the latents to keep, the most important ones, absorption measured for each; empty measures none."""
     model: str | None = None

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS, of_core
+from sae_lib.views import beside_nulls
 from sae_lib.views.template import GREY, between, dress, style
 
 INERT, DOMINATING = 1e-3, 1.0
@@ -29,13 +30,14 @@ def measures(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def evaluation(results: dict[str, Any]) -> pd.DataFrame:
-    """What SAEBench core measured, one row per metric; all but explained variance by its own code."""
+    """What SAEBench core measured, one row per metric; all but explained variance by its own code. Nulls beside it."""
     report = results.get("core", {})
     values, within = report.get("metrics", {}), report.get("within_this_sae", {})
     called = {name: name if name == "explained_variance" else of_core(name) for name in METRICS
               if values.get(name) is not None}
-    return explained({key: values[name] for name, key in called.items()},
-                     {key: within[name] for name, key in called.items() if within.get(name)})
+    table = explained({key: values[name] for name, key in called.items()},
+                      {key: within[name] for name, key in called.items() if within.get(name)})
+    return beside_nulls.with_columns(table, results.get("nulls", {}), "core", list(called))
 
 
 def explained(values: dict[str, float], within: dict[str, list[float]] | None = None, **more: Any) -> pd.DataFrame:

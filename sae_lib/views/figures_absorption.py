@@ -7,14 +7,19 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
+from sae_lib.views import beside_nulls
 from sae_lib.views.figures_compare import labels, main, mark_apart, name_rows, span
 from sae_lib.views.template import GREY, dress, mark
 
 CORE = ("explained_variance", "ce_loss_score", "kl_div_with_sae")
 
 
-def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: str = "") -> go.Figure:
-    """One panel per metric, a row per run; null baselines are hollow, other runs set apart say why on their row."""
+def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: str = "",
+           nulls: pd.DataFrame | None = None) -> go.Figure:
+    """One panel per metric, a row per run; null baselines are hollow, other runs set apart say why on their row.
+
+    Dotted lines are those of ``nulls`` (``null_table.collect``).
+    """
     names, kept = labels(table), main(table)
     null = (table.status == "null") & (table.role == "null") & table[list(metrics)].notna().all(axis=1)
     names |= {run: f"{names[run]}<br>(null baseline)" for run in table.run[null]}
@@ -28,7 +33,10 @@ def by_run(table: pd.DataFrame, metrics: tuple[str, ...], title: str, caption: s
                         col=number + 1, showlegend=False,
                         marker={"size": 12, "color": GREY, "symbol": "diamond-open", "line": {"width": 2}})
         top = table[metric][kept | null].max()
+        if nulls is not None and nulls[metric].notna().any():
+            top = max(top, nulls[metric].max())
         fig.update_xaxes(title=METRICS[metric].axis, range=[0, 1.15 * top if top > 0 else 1], row=1, col=number + 1)
+        beside_nulls.draw(fig, nulls, metric, (0, float("inf")), "vline", row=1, col=number + 1)
     mark_apart(fig, table[~kept & ~null], names, longest=150 // (1 + len(metrics)))
     name_rows(fig, [names[run] for run in table.run])
     caption += "; hollow: null baseline, what the shape alone scores" if null.any() else ""
@@ -57,8 +65,11 @@ def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = ""
                  height=260 + 40 * len(means), top=80)
 
 
-def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
-    """Core's figures against L0: the only axis on which SAEs of different sparsity compare."""
+def core_against_l0(table: pd.DataFrame, caption: str = "", nulls: pd.DataFrame | None = None) -> go.Figure:
+    """Core's figures against L0: the only axis on which SAEs of different sparsity compare.
+
+    Dotted lines are those of ``nulls`` (``null_table.collect``) that are on the axis.
+    """
     kept = table[main(table) | ((table.status == "valid") & (table.role != "null"))]
     variants = list(dict.fromkeys(table.variant))
     fig = make_subplots(rows=1, cols=len(CORE), horizontal_spacing=0.09,
@@ -73,6 +84,7 @@ def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
                             marker=mark(number) | {"opacity": 0.85})
     for col, metric in enumerate(CORE, 1):
         fig.update_yaxes(title=METRICS[metric].axis, range=span(kept[metric]), row=1, col=col)
+        beside_nulls.draw(fig, nulls, metric, span(kept[metric]), "hline", row=1, col=col)
     fig.update_xaxes(title=METRICS["l0"].titled)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.22, "yanchor": "bottom"})
     return dress(fig, "Core against L0", caption, width=1180, height=540, top=170)
@@ -80,11 +92,12 @@ def core_against_l0(table: pd.DataFrame, caption: str = "") -> go.Figure:
 
 def all_figures(comparison, caption: str) -> dict[str, go.Figure]:
     """Every figure of this file by name, as far as there is something to draw."""
-    table, found = comparison.table, {"core_against_l0": core_against_l0(comparison.table, caption)}
+    table, nulls = comparison.table, comparison.nulls if len(comparison.nulls) else None
+    found = {"core_against_l0": core_against_l0(table, caption, nulls)}
     if table.mean_full_absorption_score.notna().any():
         found |= {"absorption_by_run": by_run(table, ("mean_full_absorption_score", "mean_absorption_fraction_score"),
-                                              "First-letter absorption by run", caption),
-                  "splits_by_run": by_run(table, ("mean_num_split_features",), "Feature splits by run", caption)}
+                                              "First-letter absorption by run", caption, nulls),
+                  "splits_by_run": by_run(table, ("mean_num_split_features",), "Feature splits by run", caption, nulls)}
     if len(comparison.letters):
         found["letters_by_run"] = letters_by_run(comparison.letters, table, caption)
     return found

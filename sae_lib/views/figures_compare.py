@@ -159,10 +159,11 @@ def name_rows(fig: go.Figure, order: list[str]) -> None:
     fig.update_yaxes(categoryorder="array", categoryarray=order[::-1], automargin=True, range=[-0.6, len(order) - 0.4])
 
 
-def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
+def comparison_table(table: pd.DataFrame, caption: str = "", nulls: pd.DataFrame | None = None) -> go.Figure:
     """The table as a picture: verdict, flags, figures; what does not stand beside the baseline comes last, with why.
 
-    Figures of runs that are not valid are dashes; a null baseline is no run that the gate could refuse.
+    Figures of runs that are not valid are dashes; a null baseline is no run that the gate could refuse. Rows of
+    ``nulls`` (``null_table.collect``) end it, in grey.
     """
     table = pd.concat([table[main(table)], table[~main(table)]])
     measured = (table.status == "valid") | (table.status == "null")
@@ -175,13 +176,18 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
     cells = [runs, said]
     figures = [[smaller(cell or "–") for cell in _cells(table[name].where(measured), table)] for name in columns]
     cells += figures
-    ink = [["#111111" if ok else GREY_INK for ok in valid]] * len(head)
+    inks = ["#111111" if ok else GREY_INK for ok in valid]
+    for row in () if nulls is None else nulls.to_dict("records"):
+        for cell, text in zip(cells, [_wrapped(row["run"], 22), _wrapped(row["without"] or "null", 31),
+                                      *(f"{row[name]:.4g}" if pd.notna(row[name]) else "–" for name in columns)]):
+            cell.append(text)
+        inks.append(GREY_INK)
     fig = go.Figure(go.Table(
         columnwidth=[2.2, 3, *[1.5] * len(columns)],
         header={"values": [f"<b>{text}</b>" for text in head], "align": "left", "fill_color": "#E9EEF2",
                 "font_size": 13},
-        cells={"values": cells, "align": "left", "fill_color": "white", "font": {"size": 13, "color": ink},
-               "height": 28, "line_color": "#CCCCCC"}))
+        cells={"values": cells, "align": "left", "fill_color": "white", "height": 28, "line_color": "#CCCCCC",
+               "font": {"size": 13, "color": [inks] * len(head)}}))
     heights = [30 + 19 * max(text.count("<br>") for text in row) for row in zip(*cells)]
     if any("<br>" in cell for column in figures for cell in column):
         caption += f"; {WITHIN}"
@@ -189,16 +195,28 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
                  height=70 + 110 + sum(heights) + 100, top=70, side=30)
 
 
-def readable(table: pd.DataFrame) -> pd.DataFrame:
+def readable(table: pd.DataFrame, nulls: pd.DataFrame | None = None) -> pd.DataFrame:
     """The table for the page: verdicts, then every metric with its direction; no figures of runs not valid.
 
-    Below a figure, its interval "within this SAE", where its evaluation drew one.
+    Below a figure, its interval "within this SAE", where its evaluation drew one. Rows of ``nulls``
+    (``null_table.collect``) come last; their verdict is ``null``.
     """
     shown = table[["run", "status", "reasons", "flags"]].rename(columns={"status": "verdict"})
+    of_nulls = pd.DataFrame() if nulls is None or nulls.empty else pd.DataFrame(
+        {"run": nulls.run, "verdict": "null", "reasons": nulls.without, "flags": ""})
     for name, metric in METRICS.items():
         if name in table and table[name].notna().any():
             shown[metric.called] = _cells(table[name].where(table.status.isin(("valid", "null"))), table)
-    return shown.assign(library=["another" if row.get("stale") is True else "" for _, row in table.iterrows()])
+            if len(of_nulls) and name in nulls:
+                of_nulls[metric.called] = nulls[name].map(lambda value: "" if pd.isna(value) else f"{value:.4g}")
+    shown["library"] = ["another" if row.get("stale") is True else "" for _, row in table.iterrows()]
+    return pd.concat([shown, of_nulls.assign(library="")], ignore_index=True) if len(of_nulls) else shown
+
+
+def grey(shown: pd.DataFrame, nulls: pd.DataFrame) -> pd.DataFrame:
+    """Of the shape of ``readable``: which cells are no results."""
+    last = len(shown) - len(nulls)
+    return shown.apply(lambda column: (column.index >= last) | (shown.verdict != "valid").to_numpy())
 
 
 def claims(differences: pd.DataFrame) -> pd.DataFrame:
@@ -210,7 +228,7 @@ def claims(differences: pd.DataFrame) -> pd.DataFrame:
 def all_figures(comparison) -> dict[str, go.Figure]:
     """The figures of this file by name."""
     table, text = comparison.table, note(comparison.table, comparison.study)
-    return {"comparison_table": comparison_table(table, text),
+    return {"comparison_table": comparison_table(table, text, comparison.nulls),
             "training_curves_by_run": training_curves_by_run(comparison.histories, table, text),
             "final_losses": final_losses(table, text), "compression_panels": compression_panels(table, text)}
 

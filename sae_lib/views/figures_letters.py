@@ -14,9 +14,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS
-from sae_lib.views import figures_compression
+from sae_lib.views import beside_nulls, figures_compression
 from sae_lib.views.figures import caption, explained
-from sae_lib.views.template import COLOURS, GREY, SYMBOLS, dress
+from sae_lib.views.template import COLOURS, GREY, GREY_INK, SYMBOLS, dress
 
 PANELS = (("full_absorption", "mean_full_absorption_score"),
           ("absorption_fraction", "mean_absorption_fraction_score"))
@@ -31,7 +31,7 @@ def all_figures(found) -> dict[str, go.Figure]:
     cap = "every word" if config["words_per_letter"] is None else f"at most {config['words_per_letter']} words a letter"
     text = caption(found.run.name, {"provenance": found.report["provenance"] | {"seed": found.run.params["seed"]}})
     text += f"; evaluation seeds {', '.join(map(str, config['seeds']))}, {cap}, model in {config['dtype']}"
-    drawn = {"letter_absorption": letter_absorption(found.letters, found.report, found.run.name, text),
+    drawn = {"letter_absorption": letter_absorption(found.letters, found.report, found.run.name, text, found.nulls),
              "split_latents": split_latents(found.letters, found.report, found.run.name, text)}
     if found.by_ratio:
         kept = figures_compression.Kept(found.run.name, {}, found.by_ratio, {})
@@ -40,11 +40,12 @@ def all_figures(found) -> dict[str, go.Figure]:
     return drawn
 
 
-def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str = "", caption: str = "") -> go.Figure:
+def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str = "", caption: str = "",
+                      nulls: dict[str, Any] | None = None) -> go.Figure:
     """Two panels over the letters: the rate of full absorption, and the absorption fraction; a mark per seed.
 
     Bars are means over seeds; the dotted line is the mean over letters, its interval a bootstrap over the words of
-    this SAE's letters. A dropped letter says why.
+    this SAE's letters; thin and grey, the mean of the random SAE of ``nulls``. A dropped letter says why.
     """
     names = [METRICS[metric].panel.replace(")</span>", f"{_mean_text(report, metric)})</span>")
              for _, metric in PANELS]
@@ -65,6 +66,12 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
             fig.add_hline(y=report["metrics"][metric], line={"color": "#111111", "dash": "dot", "width": 1.5}, row=row,
                           col=1)
         top = float(values.y.max()) if values.y.notna().any() else 1.0
+        random = ((nulls or {}).get("random", {}).get("absorption", {}).get("metrics") or {}).get(metric)
+        if random is not None and metric in report["metrics"]:
+            fig.add_hline(y=random, line={"color": GREY_INK, "width": 1}, row=row, col=1,
+                          annotation={"text": f"random SAE {random:.3f}", "font": {"size": 11, "color": GREY_INK}},
+                          annotation_position="top left")
+            top = max(top, random)
         fig.update_yaxes(title=METRICS[metric].axis, row=row, col=1,
                          range=[0, max(1.12 * top, 0.05)])
     fig.update_xaxes(type="category", categoryorder="array", categoryarray=list("abcdefghijklmnopqrstuvwxyz"),
@@ -154,14 +161,18 @@ def split_latents(letters: pd.DataFrame, report: dict[str, Any], title: str = ""
 
 
 def summary(found) -> pd.DataFrame:
-    """Means over letters with direction and definition, and how many letters they rest on; empty without a result."""
+    """Means over letters with direction and definition, how many letters they rest on, and those of nulls beside.
+
+    Empty without a result.
+    """
     if not found.report or not found.report["metrics"]:
         return pd.DataFrame()
     kept = sorted({one["letters"] for one in found.report["seeds"].values() if one["metrics"]})
     within = found.report.get("within_this_sae", {})
     within = {name: within[name] for name in found.report["metrics"] if within.get(name)}
-    return explained(found.report["metrics"], within,
-                     letters=" to ".join(map(str, kept[::len(kept) - 1 or 1])))
+    table = explained(found.report["metrics"], within,
+                      letters=" to ".join(map(str, kept[::len(kept) - 1 or 1])))
+    return beside_nulls.with_columns(table, found.nulls, "absorption", list(found.report["metrics"]))
 
 
 def by_letter(letters: pd.DataFrame) -> pd.DataFrame:

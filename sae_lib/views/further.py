@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from sae_lib.metrics import METRICS
-from sae_lib.views import show
+from sae_lib.views import beside_nulls, show
 from sae_lib.views.template import value_within
 
 TITLES = {"sparse_probing": "Sparse probing", "scr": "Spurious correlation removal",
@@ -24,14 +24,16 @@ HEADLINE = {"sparse_probing": "sae_top_1_test_accuracy", "scr": "scr_metric_thre
 
 
 def tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """By evaluation that gave figures: a row for each data set and one for their mean, with intervals."""
+    """By evaluation that gave figures: a row for each data set, one for their mean with intervals, each null's mean."""
     found = {}
     for name in READING:
         report = results.get(name, {})
         if report.get("metrics"):
             found[name] = pd.DataFrame([*(_row(name, detail) for detail in report["raw"]["eval_result_details"]),
                                         _row(name, {"dataset_name": "mean", **report["metrics"]},
-                                             report.get("within_this_sae", {}))])
+                                             report.get("within_this_sae", {})),
+                                        *(_row(name, {"dataset_name": f"mean, {what}", **metrics}) for what, metrics in
+                                          beside_nulls.figures(results.get("nulls", {}), name).items())])
     return found
 
 
@@ -44,10 +46,12 @@ def display(results: dict[str, Any]) -> None:
         data = "; ".join(f"{one}: {about}" for one, about in report["config"].get("data", {}).items())
         words = [f"**{TITLES[name]}**", _reading(name), f"{report['status']}: {report['reason']}."
                  if "reason" in report else None, report.get("note"), f"Data: {data}." if data else None,
-                 f"Small, within this SAE ({within['level']:.0%}): {within['by']}." if len(within) > 2 else None]
+                 f"Small, within this SAE ({within['level']:.0%}): {within['by']}." if len(within) > 2 else None,
+                 beside_nulls.without(results.get("nulls", {}), name)]
         show.markdown("\n\n".join(word for word in words if word))
         if name in shown:
-            show.table(shown[name])
+            own = len(results[name]["raw"]["eval_result_details"]) + 1
+            show.table(shown[name], shown[name].apply(lambda column, own=own: column.index >= own))
     if not asked:
         show.markdown("*none asked for*")
 

@@ -153,11 +153,11 @@ def _draw(jobs: list[dict], path: str) -> str | None:
     return answer[0] if answer else "no answer"
 
 
-def table(frame: pd.DataFrame) -> None:
-    """Display a table, its text escaped, figures to four digits; an empty one says so."""
+def table(frame: pd.DataFrame, grey: pd.DataFrame | None = None) -> None:
+    """Display a table, its text escaped, figures to four digits, cells of ``grey`` grey; an empty one says so."""
     if frame.empty:
         return display(Markdown("*none*"))
-    return display(HTML(f"<div style='overflow-x:auto'>{as_html(frame)}</div>"))
+    return display(HTML(f"<div style='overflow-x:auto'>{as_html(frame, grey)}</div>"))
 
 
 def tables(parts) -> None:
