@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from sae_lib import params, runs
 from sae_lib.data import activations
-from sae_lib.evaluation import compression, foreign_run, importance, validity
+from sae_lib.evaluation import compression, foreign_run, importance, over_training, validity
 from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
 from sae_lib.sae.kept import keep
@@ -44,6 +44,8 @@ class Letters(NamedTuple):
     verdict: validity.Verdict
     by_ratio: dict[str, Any] = {}
     """The content of evals/compression_absorption.json; empty where no ``absorption_ratios`` were asked for."""
+    along: dict[str, Any] = {}
+    """The content of evals/absorption_over_training.json; empty where training kept no SAEs on the way."""
 
 
 def evaluate(p: params.Letters) -> Letters:
@@ -56,14 +58,14 @@ def evaluate(p: params.Letters) -> Letters:
     with run.stage("04_letter_absorption"):
         asked = trained(run)
         verdict, folder = validity.update(run), run.path / "evals"
-        report, letters, words, by_ratio = {}, pd.DataFrame(), pd.DataFrame(), {}
+        report, letters, words, by_ratio, along = {}, pd.DataFrame(), pd.DataFrame(), {}, {}
         if run.json("training.json")["nonfinite"]:
             print(f"not evaluated: {'; '.join(verdict.reasons)}")
             for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES,
-                         "compression_absorption.json"):
+                         "compression_absorption.json", "absorption_over_training.json"):
                 (folder / name).unlink(missing_ok=True)
         else:
-            report, letters, words, by_ratio = _measure(p, run, asked)
+            report, letters, words, by_ratio, along = _measure(p, run, asked)
             verdict = validity.judge(run.json("training.json"), run.json("evals/core.json"), asked.role, report,
                                      validity.further(run))
             report, letters, words = marked(report, letters, words, verdict)
@@ -74,14 +76,17 @@ def evaluate(p: params.Letters) -> Letters:
             if by_ratio:
                 by_ratio = compression.marked(by_ratio, verdict)
                 runs.write_json(folder / "compression_absorption.json", by_ratio)
+            if along:
+                along = compression.marked(along, verdict)
+                runs.write_json(folder / "absorption_over_training.json", along)
         verdict = validity.update(run)
         runs.write_json(folder / "letters_done.json", {"evals": ["absorption"] * bool(report),
                                                        "status": verdict.status})
-    return Letters(run, report, letters, words, verdict, by_ratio)
+    return Letters(run, report, letters, words, verdict, by_ratio, along)
 
 
 def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
-    """The report before the gate, the two tables over all seeds, and absorption by share of latents kept."""
+    """The report before the gate, the two tables over all seeds, absorption by share kept, and over training."""
     from sae_lib.data import language_model
     from sae_lib.evaluation.saebench import adapter, letter_words
     from sae_lib.evaluation.saebench.absorption import absorption, sparse_batch
@@ -116,6 +121,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
             found[seed] = ask(sae, seed)
             print(f"seed {seed}: absorption measured, {time.perf_counter() - began:.0f} s", flush=True)
         masked = _by_ratio(p, sae, asked, found, ask)
+        kept = _over_training(p, run, sae, found, materials, ask)
     config = {"preset": p.absorption_preset, "model": model, "model_identity": info.identity, "hook": site,
               "d_in": sae.d_in, "d_sae": sae.d_sae, "seeds": p.absorption_seeds, "words": len(words.tokens),
               "words_per_letter": None if paper else p.absorption_words_per_letter,
@@ -136,7 +142,8 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
                 for ratio, kept, one in masked]
     curve = {"eval": "absorption by share of latents kept", "by_ratio": by_ratio, "config": report["config"],
              "provenance": report["provenance"]}
-    return report, letters, tested, curve if by_ratio else {}
+    along = over_training.absorption(run, asked, _rows(kept, config), report["config"])
+    return report, letters, tested, curve if by_ratio else {}, along
 
 
 def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any], ask):
@@ -155,8 +162,23 @@ def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any]
     return rows
 
 
+def _over_training(p: params.Letters, run: runs.Run, sae, found: dict[int, Any], materials: dict[int, Any], ask):
+    """Each SAE that training kept, what ``ask`` finds by seed, and its L0 on words; of the finished one, ``found``."""
+    def measure(one):
+        one = one.to(sae.W_dec.device)
+        return {seed: ask(one, seed) for seed in found}, _l0(one, materials.values())
+    finished = found, _l0(sae, materials.values())
+    return over_training.each(run, finished, measure) if p.absorption_over_training else []
+
+
+def _rows(kept: list[tuple[dict[str, Any], Any]], config: dict[str, Any]):
+    """Each of ``kept`` with its row, its L0 on words among it; None for one that was not measured."""
+    return [(one, part and _row(_report(part[0], config), *_tables(part[0])) | {"l0_words": part[1]})
+            for one, part in kept]
+
+
 def _row(report: dict[str, Any], letters: pd.DataFrame, words: pd.DataFrame) -> dict[str, Any]:
-    """Of one share: means over letters with their intervals, how many letters, and why there is none."""
+    """Of one SAE: means over letters with their intervals, how many letters, and why there is none."""
     return {"metrics": report["metrics"], "interval": _within(words, letters) if report["metrics"] else {},
             "letters": {seed: one["letters"] for seed, one in report["seeds"].items()}, "note": report["note"]}
 
