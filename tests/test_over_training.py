@@ -9,9 +9,13 @@ from safetensors.torch import load_file
 from synthetic import Planted
 
 from sae_lib import params, runs, verify
+from sae_lib.data import activations
+from sae_lib.evaluation import compare, evaluate, letters, over_training, validity
+from sae_lib.evaluation.saebench import absorption as bench
 from sae_lib.params import ParameterError, check
 from sae_lib.training import trainer
 from sae_lib.training.ingredients import load_sae
+from sae_lib.views import figures_over_training
 
 SMALL = {"run": "trial", "d_sae": 96, "k": 3, "samples": 25_600, "batch_size": 256, "lr": 2e-3, "warmup_steps": 20,
          "mode": "batch", "threads": 1, "aux_dead_after": 2_000, "checkpoint_every": 10, "log_points": 20,
@@ -143,3 +147,194 @@ def test_bad_shares_are_one_clear_error(values, says):
 
 def test_an_untrained_baseline_keeps_none():
     assert check("train", {"samples": 0, "snapshots": [0.0, 0.5, 1.0]}).snapshot_steps == {}
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------
+
+TINY = {"d_sae": 192, "k": 8, "samples": 40_000, "batch_size": 256, "lr": 2e-3, "warmup_steps": 10,
+        "dead_after": 20_000, "threads": 1, "snapshots": [0.0, 0.1, 0.5]}
+RUNS = {"first-s1": {}, "first-s2": {"seed": 2}, "dead-s1": {"architecture": "standard", "l1": 3000.0, "l1_warmup": 0.0,
+                                                           "lr": 0.02}}
+CALL = {"threads": 1, "mode": "batch", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tiny_store, tmp_path_factory):
+    """Two seeds and a dead SAE of the tiny store, in a cache of their own: other tests count on being the first."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SAE_WORKBOOK_CACHE", str(tmp_path_factory.mktemp("cache")))
+    for name, changes in RUNS.items():
+        p = check("train", tiny().model_dump() | TINY | changes | {"run": f"along/{name}"})
+        trainer.train(p, activations.source(p), runs.start(p))
+    yield
+    patch.undo()
+
+
+def quality(name, **changes):
+    return evaluate.evaluate(check("eval", CALL | {"run": f"along/{name}", "eval_preset": "smoke"} | changes))
+
+
+def absorbed(name, **changes):
+    return letters.evaluate(check("letters", CALL | {"run": f"along/{name}", "absorption_preset": "smoke"} | changes))
+
+
+@pytest.fixture(scope="module")
+def measured(trained):
+    """What 03 and 04 said of the first seed, and of the dead SAE."""
+    return {name: (quality(name), absorbed(name)) for name in ("first-s1", "dead-s1")}
+
+
+def test_the_last_point_is_what_core_and_absorption_say(measured):
+    results, found = measured["first-s1"]
+    core, points = results["core"]["metrics"], results["over_training"]["points"]
+    assert [point["samples"] for point in points] == [0, 16 * 256, 78 * 256, 156 * 256]
+    last = points[-1]
+    assert last["metrics"]["explained_variance"] == pytest.approx(core["explained_variance"], abs=1e-5)
+    assert last["metrics"]["loss_recovered"] == pytest.approx(core["ce_loss_score"], abs=1e-4)
+    assert last["metrics"]["l0"] == pytest.approx(core["l0"], abs=1e-3)
+    for name in ("explained_variance", "loss_recovered"):
+        assert points[0]["metrics"][name] < points[1]["metrics"][name] < last["metrics"][name]
+        low, high = last["interval"][name]
+        assert low < last["metrics"][name] < high
+    assert [point["status"] for point in points] == ["null", "valid", "valid", "valid"]
+    end = found.along["points"][-1]
+    assert end["metrics"] == found.report["metrics"] and end["l0_words"] == found.report["l0_words"]
+    assert end["interval"] == found.report["within_this_sae"]
+    assert found.along["config"]["comparable"] == found.report["config"]["comparable"]
+
+
+def test_a_point_is_what_03_and_04_say_of_a_run_cut_there(measured, tiny):
+    """The snapshot's folder alone, as an SAE by itself, gives the same figures."""
+    run = runs.Run("along/first-s1")
+    results, found = measured["first-s1"]
+    p = check("train", tiny().model_dump() | TINY | {"run": "along/cut", "snapshots": [], "stop_after_steps": 78})
+    trainer.train(p, activations.source(p), runs.start(p))
+    cut = runs.Run("along/cut")
+    assert torch.equal(load_sae(run.path / "snapshots/19968").W_dec, load_sae(cut.path / "sae").W_dec)
+    core, letter = quality("cut")["core"]["metrics"], absorbed("cut").report
+    point = results["over_training"]["points"][2]["metrics"]
+    assert point["explained_variance"] == pytest.approx(core["explained_variance"], abs=1e-5)
+    assert point["loss_recovered"] == pytest.approx(core["ce_loss_score"], abs=1e-4)
+    raw = letter["raw"][42]["eval_result_metrics"]["mean"]  # a run that was cut is invalid
+    assert found.along["points"][2]["metrics"] == {key: raw[key] for key in found.along["points"][2]["metrics"]}
+
+
+def test_files_are_written_and_sealed(measured):
+    run = runs.Run("along/first-s1")
+    for stage, file in (("03_eval", "over_training"), ("04_letter_absorption", "absorption_over_training")):
+        assert runs.read_json(run.path / f"evals/{file}.json")["status"] == "valid"
+        verify.seal(run, "02_train_variant")
+        verify.seal(run, stage)
+        assert f"evals/{file}.json" in run.json("hashes.json")["files"]
+    assert "over_training" in runs.read_json(run.path / "evals/done.json")["evals"]
+
+
+def test_an_invalid_run_has_points_under_raw_alone(measured):
+    results, found = measured["dead-s1"]
+    for report in (results["over_training"], found.along):
+        assert report["status"] == "invalid" and report["points"] == [] and report["not_a_result"]
+        dead = report["raw"]["points"][-1]
+        assert dead["metrics"] == {} and dead["interval"] == {} and "L0" in dead["not_a_result"]
+    figure = figures_over_training.of_run("dead", found.along)["absorption_over_training"]
+    assert "left out: dead" in figure.layout.annotations[-1].text.replace("<br>", " ")
+    assert not figure.data
+
+
+def test_a_snapshot_that_is_dead_has_no_score(measured, monkeypatch):
+    """Its absorption is null with the reason, and a grey cross; the run's other points stay."""
+    run = runs.Run("along/first-s1")
+    training = run.json("training.json")
+    training["snapshots"][1] |= {"dead_share": 0.97, "l0": 0.01}
+    monkeypatch.setattr(runs.Run, "json", lambda self, name, default=None: training)
+    asked, config = evaluate.trained(run), measured["first-s1"][1].report["config"]
+    rows = [(one | {"seconds": 0}, {"metrics": {"mean_full_absorption_score": 0.0}, "interval": {}, "note": None,
+                                    "l0_words": 8.0, "letters": {}}) for one in training["snapshots"]]
+    report = over_training.absorption(run, asked, rows, config)
+    dead = report["points"][1]
+    assert dead["status"] == "invalid" and dead["metrics"] == {} and "dead: 97.0%" in dead["not_a_result"]
+    assert dead["raw"]["metrics"] == {"mean_full_absorption_score": 0.0}
+    assert all(point["metrics"] for number, point in enumerate(report["points"]) if number != 1)
+    figure = figures_over_training.of_run("first", report)["absorption_over_training"]
+    crosses = [trace for trace in figure.data if trace.name == figures_over_training.NO_SCORE]
+    assert [len(trace.x) for trace in crosses] == [1, 4, 4]
+    assert "dead: 97.0%" in figure.layout.annotations[-1].text.replace("<br>", " ")
+
+
+def test_a_snapshot_whose_probes_find_nothing_has_no_score(trained, monkeypatch):
+    real, calls = bench.absorption, []
+
+    def first_blind(*args, **options):
+        calls.append(1)
+        found = real(*args, **options)
+        if len(calls) == 2:  # the first of the snapshots, after the finished SAE
+            found.letters.f1_by_k = found.letters.f1_by_k.map(lambda f1: [0.0] * len(f1), na_action="ignore")
+        return found
+    monkeypatch.setattr(bench, "absorption", first_blind)
+    points = absorbed("first-s1").along["points"]
+    assert len(calls) == 4  # the finished SAE once
+    assert points[0]["metrics"] == {} and "no latent predicts any letter" in points[0]["not_a_result"]
+    assert points[1]["metrics"] and points[1]["not_a_result"] is None
+
+
+def test_weights_that_are_not_finite_are_not_measured(trained, monkeypatch):
+    held = runs.Run.json
+
+    def broken(self, name, default=None):
+        value = held(self, name, default)
+        if name == "training.json":
+            value["snapshots"][1]["nonfinite"] = "weights are not finite"
+        return value
+    monkeypatch.setattr(runs.Run, "json", broken)
+    for points in (quality("first-s1")["over_training"]["points"], absorbed("first-s1").along["points"]):
+        assert points[1]["metrics"] == {} and "not finite: weights" in points[1]["not_a_result"]
+        assert points[2]["metrics"]
+
+
+def test_it_can_be_switched_off_and_needs_snapshots(trained):
+    assert set(quality("first-s2", over_training=False)) == {"core"}
+    assert absorbed("first-s2", absorption_over_training=False).along == {}
+    validity.update(runs.Run("along/first-s2"))
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+def test_05_draws_a_style_a_variant_and_seeds_as_thin_lines(measured):
+    quality("first-s2")
+    names = ["along/first-s1", "along/first-s2", "along/dead-s1"]
+    found = compare.compare(check("compare", {"study": "along", "runs": names}))
+    assert set(found.over_training) == set(names)
+    figure = figures_over_training.of_study(found)["over_training"]
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert len(lines) == 3 * 2 + 3  # quality of both seeds, letters of one
+    assert len({(trace.line.color, trace.line.dash) for trace in lines}) == 1
+    assert {trace.line.width for trace in lines} == {1.2}
+    assert sum(trace.showlegend for trace in lines) == 1
+    untrained = [trace for trace in figure.data if trace.name == figures_over_training.UNTRAINED]
+    assert untrained and all(trace.marker.color == figures_over_training.GREY for trace in untrained)
+    said = figure.layout.annotations[-1].text.replace("<br>", " ")
+    assert "left out: dead" in said and "no claim possible" in figures_note(found)
+    other = compare.compare(check("compare", {"study": "none", "runs": ["along/absent-s1"]}))
+    assert figures_over_training.of_study(other) == {}
+
+
+def figures_note(found):
+    from sae_lib.views.figures_compare import note
+
+    return note(found.table, found.study)
+
+
+def test_damaged_files_are_not_drawn(measured):
+    run = runs.Run("along/first-s1")
+    held = (run.path / "evals/over_training.json").read_text()
+    try:
+        runs.write_json(run.path / "evals/over_training.json", {"points": [{"samples": 3}]})
+        found = compare.compare(check("compare", {"study": "along", "runs": ["along/first-s1"]}))
+        assert found.over_training == {}
+    finally:
+        (run.path / "evals/over_training.json").write_text(held)
+
+
+@pytest.mark.parametrize("number, text", [(512, "512"), (40_960, "41k"), (499_712, "500k"), (1_999_872, "2M"),
+                                          (1_500_000, "1.5M"), (20_000_000, "20M"), (999_936, "1M")])
+def test_ticks_are_short(number, text):
+    assert figures_over_training._short(number) == text
