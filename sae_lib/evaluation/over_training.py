@@ -14,7 +14,7 @@ from typing import Any
 from sae_lib import params, runs
 from sae_lib.data import activations
 from sae_lib.evaluation import masked_passes, validity
-from sae_lib.evaluation.saebench import PRESETS, Batches, fit, packed
+from sae_lib.evaluation.saebench import PRESETS, fit, packed
 from sae_lib.evaluation.saebench.adapter import check_sae
 from sae_lib.params import digest
 from sae_lib.training.ingredients import load_sae
@@ -48,7 +48,7 @@ def quality(p: params.Evaluate, run: runs.Run, asked: params.Train, lm) -> dict[
 
     The tokens are core's (at most those of its preset ``default``), so that the last point is what core says, and what
     the whole model ``lm`` computes without an SAE is there already: the loss on blocks that core reads through the
-    model, the rest on those and the ones that it reads up to the hook.
+    model, the rest on those and the ones that it reads up to the hook. All SAEs are in memory at once.
     """
     start = time.perf_counter()
     preset = "default" if p.eval_preset == "paper" else p.eval_preset
@@ -65,7 +65,7 @@ def quality(p: params.Evaluate, run: runs.Run, asked: params.Train, lm) -> dict[
                                   threads=p.threads, mode=p.mode) if saes else None
     found = {one["folder"]: _figures(sums, number, labels) for number, one in enumerate(points)}
     config = {"preset": preset, "model": lm.name, "model_identity": lm.identity, "hook": lm.hook, "d_in": lm.d_model,
-              "d_sae": asked.d_sae, "context": asked.context, **Batches._asdict(batches),
+              "d_sae": asked.d_sae, "context": asked.context, **batches._asdict(),
               "text_sha256": hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16],
               "dtype": str(lm.dtype).removeprefix("torch."), "device": str(lm.device),
               "interval": f"bootstrap over blocks of text, {masked_passes.LEVEL:.0%}: within this SAE"}
@@ -126,8 +126,7 @@ def _point(run: runs.Run, asked: params.Train, one: dict[str, Any], row: dict[st
 
 def _report(name: str, run: runs.Run, points: list[dict[str, Any]], config: dict[str, Any],
             seconds: float) -> dict[str, Any]:
-    config = config | {"comparable": digest({key: value for key, value in config.items()
-                                             if key not in ("d_sae", "comparable")})}
+    config = {"comparable": digest({key: value for key, value in config.items() if key != "d_sae"}), **config}
     return {"eval": name, "points": points, "config": config,
             "provenance": runs.provenance(seed=run.params.get("seed")),
             "seconds": round(seconds, 2)}

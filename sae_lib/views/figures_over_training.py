@@ -106,7 +106,7 @@ def over_training(courses: list[Course], caption: str, metrics: tuple[str, ...] 
 def _line(fig: go.Figure, course: Course, metric: str, zero: float, at: dict[str, int]) -> None:
     """The line of one training, and the mark of its SAE before the first step."""
     scored = [point for point in course.points(metric) if metric in point["metrics"]]
-    own = [point for point in scored if point["status"] != "null" or course.apart]
+    own = [point for point in scored if point["samples"] or course.apart]
     line = style(course.number) | {"width": 1.2 if course.thin else 2}
     marks = mark(course.number, 6 if course.thin else 8)
     name = course.group
