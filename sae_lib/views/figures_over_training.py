@@ -88,7 +88,7 @@ def over_training(courses: list[Course], caption: str, metrics: tuple[str, ...] 
         for course in courses:
             _line(fig, course, name, zero, at)
         _without_score(fig, courses, name, zero, at)
-        fig.update_yaxes(title=METRICS[name].axis, **at)
+        fig.update_yaxes(title={"text": METRICS[name].axis, "font": {"size": 13}}, **at)
     _axis(fig, [zero, *seen])
     fig.update_xaxes(title="Training samples (log)", row=rows)
     if not seen:
@@ -152,20 +152,19 @@ def _without_score(fig: go.Figure, courses: list[Course], metric: str, zero: flo
 
 def _axis(fig: go.Figure, places: list[float]) -> None:
     """A log axis whose left end stands for 0; ticks at the points, as far as they have room."""
-    ticks = [places[0]]
+    ticks, apart = [places[0]], (places[-1] / places[0]) ** 0.12
     for place in places[1:]:
-        if place / ticks[-1] > 1.45:
+        if place / ticks[-1] > apart:
             ticks.append(place)
-    fig.update_xaxes(type="log", tickmode="array", tickvals=ticks, tickangle=0,
+    fig.update_xaxes(type="log", tickmode="array", tickvals=ticks, tickangle=0, tickfont_size=12,
                      ticktext=["0", *(_short(tick) for tick in ticks[1:])])
 
 
 def _short(number: float) -> str:
-    """1,999,872 as 2M, 40,960 as 41k."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            return f"{number / size:.2g}{unit}" if number < 10 * size else f"{number / size:.0f}{unit}"
-    return f"{number:g}"
+    """Two digits of a number for a tick: 1,998,848 as 2M, 200,704 as 200k."""
+    number = float(f"{number:.2g}")
+    size, unit = next(((size, unit) for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= size), (1, ""))
+    return f"{number / size:g}{unit}"
 
 
 def _said(courses: list[Course], metrics: tuple[str, ...], caption: str) -> str:
