@@ -152,7 +152,7 @@ def test_an_untrained_baseline_keeps_none():
 # -- evaluation ----------------------------------------------------------------------------------------------------
 
 TINY = {"d_sae": 192, "k": 8, "samples": 40_000, "batch_size": 256, "lr": 2e-3, "warmup_steps": 10,
-        "dead_after": 20_000, "threads": 1, "snapshots": [0.0, 0.1, 0.5]}
+        "dead_after": 20_000, "threads": 1, "snapshots": [0.0, 0.5]}
 RUNS = {"first-s1": {}, "first-s2": {"seed": 2}, "dead-s1": {"architecture": "standard", "l1": 3000.0, "l1_warmup": 0.0,
                                                            "lr": 0.02}}
 CALL = {"threads": 1, "mode": "batch", "device": "cpu"}
@@ -187,7 +187,7 @@ def measured(trained):
 def test_the_last_point_is_what_core_and_absorption_say(measured):
     results, found = measured["first-s1"]
     core, points = results["core"]["metrics"], results["over_training"]["points"]
-    assert [point["samples"] for point in points] == [0, 16 * 256, 78 * 256, 156 * 256]
+    assert [point["samples"] for point in points] == [0, 78 * 256, 156 * 256]
     last = points[-1]
     assert last["metrics"]["explained_variance"] == pytest.approx(core["explained_variance"], abs=1e-5)
     assert last["metrics"]["loss_recovered"] == pytest.approx(core["ce_loss_score"], abs=1e-4)
@@ -196,7 +196,7 @@ def test_the_last_point_is_what_core_and_absorption_say(measured):
         assert points[0]["metrics"][name] < points[1]["metrics"][name] < last["metrics"][name]
         low, high = last["interval"][name]
         assert low < last["metrics"][name] < high
-    assert [point["status"] for point in points] == ["null", "valid", "valid", "valid"]
+    assert [point["status"] for point in points] == ["null", "valid", "valid"]
     end = found.along["points"][-1]
     assert end["metrics"] == found.report["metrics"] and end["l0_words"] == found.report["l0_words"]
     assert end["interval"] == found.report["within_this_sae"]
@@ -212,11 +212,11 @@ def test_a_point_is_what_03_and_04_say_of_a_run_cut_there(measured, tiny):
     cut = runs.Run("along/cut")
     assert torch.equal(load_sae(run.path / "snapshots/19968").W_dec, load_sae(cut.path / "sae").W_dec)
     core, letter = quality("cut")["core"]["metrics"], absorbed("cut").report
-    point = results["over_training"]["points"][2]["metrics"]
+    point = results["over_training"]["points"][1]["metrics"]
     assert point["explained_variance"] == pytest.approx(core["explained_variance"], abs=1e-5)
     assert point["loss_recovered"] == pytest.approx(core["ce_loss_score"], abs=1e-4)
     raw = letter["raw"][42]["eval_result_metrics"]["mean"]  # a run that was cut is invalid
-    assert found.along["points"][2]["metrics"] == {key: raw[key] for key in found.along["points"][2]["metrics"]}
+    assert found.along["points"][1]["metrics"] == {key: raw[key] for key in found.along["points"][1]["metrics"]}
 
 
 def test_files_are_written_and_sealed(measured):
@@ -256,11 +256,11 @@ def test_a_snapshot_that_is_dead_has_no_score(measured, monkeypatch):
     assert all(point["metrics"] for number, point in enumerate(report["points"]) if number != 1)
     figure = figures_over_training.of_run("first", report)["absorption_over_training"]
     crosses = [trace for trace in figure.data if trace.name == figures_over_training.NO_SCORE]
-    assert [len(trace.x) for trace in crosses] == [1, 4, 4]
+    assert [len(trace.x) for trace in crosses] == [1, 3, 3]
     assert "dead: 97.0%" in figure.layout.annotations[-1].text.replace("<br>", " ")
 
 
-def test_a_snapshot_whose_probes_find_nothing_has_no_score(trained, monkeypatch):
+def test_a_snapshot_whose_probes_find_nothing_has_no_score(measured, monkeypatch):
     real, calls = bench.absorption, []
 
     def first_blind(*args, **options):
@@ -271,29 +271,29 @@ def test_a_snapshot_whose_probes_find_nothing_has_no_score(trained, monkeypatch)
         return found
     monkeypatch.setattr(bench, "absorption", first_blind)
     points = absorbed("first-s1").along["points"]
-    assert len(calls) == 4  # the finished SAE once
+    assert len(calls) == 3  # the finished SAE once
     assert points[0]["metrics"] == {} and "no latent predicts any letter" in points[0]["not_a_result"]
-    assert points[1]["metrics"] and points[1]["not_a_result"] is None
+    assert points[1] | {"seconds": 0} == measured["first-s1"][1].along["points"][1] | {"seconds": 0}
 
 
-def test_weights_that_are_not_finite_are_not_measured(trained, monkeypatch):
+def test_weights_that_are_not_finite_are_not_measured(measured, monkeypatch):
+    run = runs.Run("along/first-s1")
+    training = run.json("training.json")
+    training["snapshots"][1]["nonfinite"] = "weights are not finite"
     held = runs.Run.json
-
-    def broken(self, name, default=None):
-        value = held(self, name, default)
-        if name == "training.json":
-            value["snapshots"][1]["nonfinite"] = "weights are not finite"
-        return value
-    monkeypatch.setattr(runs.Run, "json", broken)
-    for points in (quality("first-s1")["over_training"]["points"], absorbed("first-s1").along["points"]):
+    monkeypatch.setattr(runs.Run, "json", lambda self, name, default=None: (
+        training if name == "training.json" else held(self, name, default)))
+    asked, config = evaluate.trained(run), measured["first-s1"][1].report["config"]
+    rows = over_training.each(run, None, lambda sae: None)
+    for points in (quality("first-s1")["over_training"]["points"],
+                   over_training.absorption(run, asked, rows, config)["points"]):
         assert points[1]["metrics"] == {} and "not finite: weights" in points[1]["not_a_result"]
-        assert points[2]["metrics"]
 
 
 def test_it_can_be_switched_off_and_needs_snapshots(trained):
     assert set(quality("first-s2", over_training=False)) == {"core"}
     assert absorbed("first-s2", absorption_over_training=False).along == {}
-    validity.update(runs.Run("along/first-s2"))
+    assert validity.update(runs.Run("along/first-s2")).status == "valid"
 
 
 # -- figures -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 from sae_lib import params, runs
 from sae_lib.data import activations
 from sae_lib.evaluation import masked_passes, validity
-from sae_lib.evaluation.saebench import PRESETS, fit, packed
+from sae_lib.evaluation.saebench import PRESETS, as_read, fit, packed
 from sae_lib.evaluation.saebench.adapter import check_sae
 from sae_lib.params import digest
 from sae_lib.training.ingredients import load_sae
@@ -55,7 +55,7 @@ def quality(p: params.Evaluate, run: runs.Run, asked: params.Train, lm) -> dict[
     texts = activations.heldout_texts(asked)
     blocks = packed(lm, texts, PRESETS[preset].blocks, asked.context)
     batches = fit(PRESETS[preset], len(blocks), asked.context)
-    blocks = blocks[:batches.blocks]
+    blocks = as_read(blocks[:batches.blocks])
     labels = [WHOLE] * (batches.reconstruction * batches.rows) + [TO_HOOK] * (batches.sparsity * batches.rows)
     points = [one for one in kept(run) if not one["nonfinite"]]
     saes = [(_load(run, one).to(lm.device), {WHOLE, TO_HOOK}) for one in points]
