@@ -159,7 +159,7 @@ def as_read(blocks: Tensor) -> Tensor:
     """Blocks (N, T) in the order in which SAEBench reads them: through the model first, then up to the hook."""
     import datasets
 
-    return blocks[datasets.Dataset.from_dict({"place": range(len(blocks))}).shuffle(seed=SEED)["place"]]
+    return blocks[list(datasets.Dataset.from_dict({"place": range(len(blocks))}).shuffle(seed=SEED)["place"])]
 
 
 def left_out(model) -> Tensor:
