@@ -85,15 +85,17 @@ def run(sae, lm, blocks: Tensor, corpora: list[str], masks: list[tuple[Tensor, s
 
 @torch.no_grad()
 def run_each(saes: list[tuple[Any, set[str]]], lm, blocks: Tensor, corpora: list[str], what: str, *,
-             to_hook: frozenset[str] = frozenset(), threads: int = 0, mode: str = "batch") -> Sums:
+             to_hook: frozenset[str] = frozenset(), kept_with: Tensor | None = None, threads: int = 0,
+             mode: str = "batch") -> Sums:
     """Sums of each SAE, all of one width, on the blocks (N, T) whose corpus is among its own; M is the SAE's place.
 
-    On blocks of the corpora ``to_hook`` the model ends at the hook: their losses are NaN. ``what`` names the work.
+    On blocks of the corpora ``to_hook`` the model ends at the hook: their losses are NaN. ``what`` names the work. What
+    the model alone gives is kept under the name of the blocks ``kept_with``: those of an evaluation that read the same.
     """
     batches = [(name, places) for name in dict.fromkeys(corpora)
                for places in torch.tensor([i for i, own in enumerate(corpora) if own == name]).split(BATCH)]
     found = _empty(len(blocks), saes[0][0].d_in, len(saes))
-    file, hooked = file_of(lm, blocks), to_hooked(lm)
+    file, hooked = file_of(lm, blocks if kept_with is None else kept_with), to_hooked(lm)
     work = sum(len(wanted & {name}) for name in corpora for _, wanted in saes) * blocks.shape[1]
     with settings(threads), contextlib.ExitStack() as held:
         held.enter_context(alone(file, "streams of the model"))

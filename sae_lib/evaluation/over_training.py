@@ -55,14 +55,15 @@ def quality(p: params.Evaluate, run: runs.Run, asked: params.Train, lm) -> dict[
     texts = activations.heldout_texts(asked)
     blocks = packed(lm, texts, PRESETS[preset].blocks, asked.context)
     batches = fit(PRESETS[preset], len(blocks), asked.context)
-    blocks = as_read(blocks[:batches.blocks])
+    as_cut = blocks[:batches.blocks]
+    blocks = as_read(as_cut)
     labels = [WHOLE] * (batches.reconstruction * batches.rows) + [TO_HOOK] * (batches.sparsity * batches.rows)
     points = [one for one in kept(run) if not one["nonfinite"]]
     saes = [(_load(run, one).to(lm.device), {WHOLE, TO_HOOK}) for one in points]
     for sae, _ in saes:
         check_sae(sae, lm.name, lm.d_model)
     sums = masked_passes.run_each(saes, lm, blocks, labels, "SAEs over training", to_hook=frozenset({TO_HOOK}),
-                                  threads=p.threads, mode=p.mode) if saes else None
+                                  kept_with=as_cut, threads=p.threads, mode=p.mode) if saes else None
     found = {one["folder"]: _figures(sums, number, labels) for number, one in enumerate(points)}
     config = {"preset": preset, "model": lm.name, "model_identity": lm.identity, "hook": lm.hook, "d_in": lm.d_model,
               "d_sae": asked.d_sae, "context": asked.context, **batches._asdict(),
