@@ -82,7 +82,7 @@ def _run(member) -> Cost:
     model = language_model.load(p.model, hook=p.hook, dtype="float32", device=p.device, whole=True)
     tokens = torch.full((8, p.context), model.bos_id)
     seconds += _timed(lambda: model.hf(input_ids=tokens.to(model.device))) * MODEL_PASSES * 12
-    size = 4 * p.d_sae * 2 * width / 1e9
+    size = 4 * p.d_sae * 2 * width / 1e9 * (1 + len(set(p.snapshots) - {1.0}))
     return Cost(f"run {member.name}", p.samples, size, seconds / 60, "")
 
 

@@ -243,6 +243,9 @@ def start(p: Common, **made_from: Any) -> Run:
                 raise RunError(f"run '{p.run}' is finished with other parameters ({', '.join(other)}); "
                                "choose another name for `run`, or set overwrite: true to replace it")
         sweep(run.path)
+        with contextlib.suppress(RunError):  # what an interrupted training goes on from stays
+            if asked != run.params:
+                _remove(run.path / "snapshots")
         for stale in ("sae", "validity.json", "training.json", "history.parquet", "evals", "latents", "hashes.json"):
             _remove(run.path / stale)
         write_text(run.path / "params.yaml", yaml.safe_dump(asked, sort_keys=True))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sae_lib.evaluation import intervals, letters
+from sae_lib.evaluation import intervals, letter_reports
 
 
 def mean_of(values):
@@ -58,4 +58,4 @@ def test_letters_intervals_are_of_means_over_seeds_of_means_over_letters():
     chosen = words.merge(kept[kept.kept], on=["seed", "letter"])
     by_hand = [np.mean([np.mean([draw.choice(own.y, len(own)).mean() for _, own in of_seed.groupby("letter")])
                         for _, of_seed in chosen.groupby("seed")]) for _ in range(4000)]
-    assert letters.within(words, kept, "y") == pytest.approx(np.quantile(by_hand, [0.025, 0.975]), abs=0.015)
+    assert letter_reports.within(words, kept, "y") == pytest.approx(np.quantile(by_hand, [0.025, 0.975]), abs=0.015)

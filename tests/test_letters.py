@@ -12,7 +12,7 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.data import activations, language_model, words
-from sae_lib.evaluation import letters, sharing
+from sae_lib.evaluation import letter_reports, letters, sharing
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.saebench import absorption as bench
 from sae_lib.evaluation.saebench import adapter, letter_words
@@ -77,7 +77,7 @@ def test_figures_are_saebenchs_and_the_tables_agree_with_them(first):
         assert row.train_words + row.test_words <= 250
     assert (tested.absorbing_latent.notna() == tested.full_absorption).all()
     assert (tested.word.str.strip().str[0].str.lower() == tested.letter).all()
-    for name in letters.BOOTSTRAP:
+    for name in letter_reports.BOOTSTRAP:
         low, high = report["within_this_sae"][name]
         assert low < report["metrics"][name] < high
 
@@ -101,7 +101,7 @@ def test_files_are_whole_and_nothing_is_written_elsewhere(first, tmp_path, monke
 def test_dropped_letters_say_why(first):
     dropped = first.letters[~first.letters.kept]
     assert len(dropped) and dropped.reason.str.len().min() > 0
-    assert dropped[list(letters.FIGURES)].isna().all(axis=None)
+    assert dropped[list(letter_reports.FIGURES)].isna().all(axis=None)
     assert first.report["seeds"][42]["dropped"] == dict(zip(dropped.letter, dropped.reason))
     # The gate: at 0.6 or less the model's own probe does not know the letter.
     low = first.letters.probe_f1 <= 0.6
@@ -159,7 +159,7 @@ def test_a_dead_sae_has_no_score(trained):
     raw = report["raw"][42]
     assert raw["eval_result_metrics"]["mean"]["mean_full_absorption_score"] == 0.0  # what SAEBench says of it
     assert "mean L0" in raw["not_a_result"]
-    for name, columns in (("letters", letters.FIGURES), ("words", ("full_absorption", "absorption_fraction"))):
+    for name, columns in (("letters", letter_reports.FIGURES), ("words", ("full_absorption", "absorption_fraction"))):
         frame = pd.read_parquet(found.run.path / f"evals/absorption_{name}.parquet")
         assert len(frame) and frame[list(columns)].isna().all(axis=None) and (frame.status == "invalid").all()
     assert figures_letters.summary(found).empty and figures_letters.absorbed(found.words).empty

@@ -49,6 +49,8 @@ class Comparison(NamedTuple):
     """Variants in order, by metric, and which of them seeds do not tell apart."""
     nulls: pd.DataFrame = pd.DataFrame()
     """A row per distinct null baseline of the runs (``null_table.collect``); in no rank, mean or series."""
+    over_training: dict[str, tuple[dict[str, Any], ...]] = {}
+    """By run that has any: evals/over_training.json and evals/absorption_over_training.json."""
 
 
 def compare(p: params.Compare) -> Comparison:
@@ -80,7 +82,8 @@ def compare(p: params.Compare) -> Comparison:
     return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
                       p.frontier, parameters_apart(table, p.baseline), _each(distributions.sparsity, table),
                       _each(distributions.projection, table),
-                      {name: found for name in names if any(found := _compression(name))}, ranked, nulls)
+                      {name: found for name in names if any(found := _compression(name))}, ranked, nulls,
+                      {name: found for name in names if (found := _over_training(name))})
 
 
 def parameters_apart(table: pd.DataFrame, baseline: str | None) -> dict[str, str]:
@@ -155,6 +158,17 @@ def _compression(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
         return (curve, absorption, bounds) if fine else ({}, {}, bounds)
     except (runs.RunError, params.ParameterError, TypeError, AttributeError):
         return {}, {}, {}
+
+
+def _over_training(name: str) -> tuple[dict[str, Any], ...]:
+    """What a run's evaluations say of the SAEs kept in training; nothing where it cannot be drawn."""
+    try:
+        held = [runs.Run(name).json(f"evals/{file}.json") for file in ("over_training", "absorption_over_training")]
+        found = tuple(report for report in held if report)
+        wanted = {"samples", "status", "not_a_result", "metrics", "interval"}
+        return found if all(wanted <= set(point) for report in found for point in report["points"]) else ()
+    except (runs.RunError, params.ParameterError, KeyError, TypeError):
+        return ()
 
 
 def _export(folder: Path, name: str, frame: pd.DataFrame) -> None:

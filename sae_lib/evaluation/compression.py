@@ -84,7 +84,7 @@ def marked(report: dict[str, Any], verdict: validity.Verdict) -> dict[str, Any]:
     why = "; ".join(verdict.reasons) if verdict.status == "invalid" else None
     report = report | {"status": verdict.status, "not_a_result": why}
     if why:
-        figures = [key for key in ("curve", "by_corpus", "localization", "by_ratio") if key in report]
+        figures = [key for key in ("curve", "by_corpus", "localization", "by_ratio", "points") if key in report]
         report |= {"raw": {"not_a_result": why} | {key: report[key] for key in figures}}
         report |= {key: type(report[key])() for key in figures}
     return report

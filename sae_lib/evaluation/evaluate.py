@@ -25,6 +25,8 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
 
     With ``p.compression_ratios`` the SAE is measured with those shares of its latents too (``evaluation.compression``).
 
+    So are, with ``p.over_training``, the SAEs that training kept on the way (``evaluation.over_training``).
+
     With ``p.sae`` the SAE of that folder, made elsewhere, becomes the run first.
 
     With ``p.nulls`` the same evaluations of SAEs that learnt nothing are in ``nulls`` (``evaluation.nulls``).
@@ -48,6 +50,9 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
             if p.compression_ratios:
                 results["compression"] = _compression(p, run, asked, sae, model)
                 runs.write_json(run.path / "evals/compression.json", results["compression"])
+            if p.over_training and run.json("training.json").get("snapshots"):
+                results["over_training"] = _over_training(p, run, asked, model)
+                runs.write_json(run.path / "evals/over_training.json", results["over_training"])
         verdict = validity.update(run)
         runs.write_json(run.path / "evals" / "done.json", {"evals": sorted({*results} - {"nulls"}),
                                                               "status": verdict.status})
@@ -113,3 +118,9 @@ def _compression(p: params.Evaluate, run: runs.Run, asked: params.Train, sae, mo
     from sae_lib.evaluation import compression
 
     return compression.compression(p, run, asked, sae, model)
+
+
+def _over_training(p: params.Evaluate, run: runs.Run, asked: params.Train, model) -> dict[str, Any]:
+    from sae_lib.evaluation import compression, over_training
+
+    return compression.marked(over_training.quality(p, run, asked, model), validity.update(run))

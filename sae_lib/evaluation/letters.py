@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import save_file
@@ -19,73 +19,108 @@ from safetensors.torch import save_file
 from sae_lib import params, runs
 from sae_lib.data import activations
 from sae_lib.data.language_model import PLANTED
-from sae_lib.evaluation import compression, foreign_run, importance, intervals, nulls, validity
+from sae_lib.evaluation import (
+    compression,
+    faults,
+    foreign_run,
+    importance,
+    letter_reports,
+    nulls,
+    over_training,
+    validity,
+)
 from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
 from sae_lib.sae.kept import keep
 
-FIGURES = ("full_absorption", "fully_absorbed", "absorption_fraction", "splits")
-"""Columns of the letters' table that are results, and missing where there is none."""
-BOOTSTRAP = {"mean_full_absorption_score": "full_absorption", "mean_absorption_fraction_score": "absorption_fraction"}
 PROBES = "absorption_probes.safetensors"
 """Direction (D,) of each seed's and letter's probe, by ``seed<seed>.<letter>``."""
+FILES = ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES,
+         "compression_absorption.json", "absorption_nulls.json", "absorption_over_training.json")
+"""All that an evaluation leaves in evals/."""
 
 
 class Letters(NamedTuple):
     """What 04's page shows."""
 
     run: runs.Run
-    report: dict[str, Any]
+    report: dict[str, Any] = {}
     """The content of evals/absorption.json; empty for an SAE that cannot be evaluated."""
-    letters: pd.DataFrame
+    letters: pd.DataFrame = pd.DataFrame()
     """The content of evals/absorption_letters.parquet: one row per seed and letter."""
-    words: pd.DataFrame
+    words: pd.DataFrame = pd.DataFrame()
     """The content of evals/absorption_words.parquet: one row per seed and test word."""
-    verdict: validity.Verdict
+    verdict: validity.Verdict | None = None
     by_ratio: dict[str, Any] = {}
     """The content of evals/compression_absorption.json; empty where no ``absorption_ratios`` were asked for."""
     nulls: nulls.Found = {}
     """The content of evals/absorption_nulls.json."""
+    along: dict[str, Any] = {}
+    """The content of evals/absorption_over_training.json; empty where training kept no SAEs on the way."""
 
 
 def evaluate(p: params.Letters) -> Letters:
     """Measure the run's SAE with every seed; write evals/absorption.json, two parquet files and validity.json.
 
     With ``p.sae`` the SAE of that folder, made elsewhere, becomes the run first. An SAE whose weights are not finite
-    is not evaluated, nor one of a planted world, whose absorption is 03's. Raises ParameterError or RunError, also
-    noted in validity.json.
+    is not evaluated, nor one of a planted world, whose absorption is 03's. Raises what the evaluation fails on, when
+    evals/absorption.json and validity.json say it.
     """
     run = foreign_run.bring_in(p) if p.sae else runs.Run(p.run)
     with run.stage("04_letter_absorption"):
         asked = trained(run)
         verdict, folder = validity.update(run), run.path / "evals"
-        report, letters, words, by_ratio, found = {}, pd.DataFrame(), pd.DataFrame(), {}, {}
+        (folder / "letters_done.json").unlink(missing_ok=True)
+        found, fault = Letters(run), None
         why = "a planted world has no letters" if asked.model == PLANTED else "; ".join(verdict.reasons)
         if asked.model == PLANTED or run.json("training.json")["nonfinite"]:
             print(f"not evaluated: {why}")
-            for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES,
-                         "compression_absorption.json", "absorption_nulls.json"):
-                (folder / name).unlink(missing_ok=True)
+            _clear(folder)
         else:
-            report, letters, words, by_ratio, found = _measure(p, run, asked)
-            verdict = validity.judge(run.json("training.json"), run.json("evals/core.json"), asked.role, report,
-                                     validity.further(run))
-            report, letters, words = marked(report, letters, words, verdict)
-            for name, frame in (("letters", letters), ("words", words)):
-                with runs.whole(folder / f"absorption_{name}.parquet") as temporary:
-                    frame.to_parquet(temporary, index=False)
-            runs.write_json(folder / "absorption.json", report)
-            if by_ratio:
-                by_ratio = compression.marked(by_ratio, verdict)
-                runs.write_json(folder / "compression_absorption.json", by_ratio)
-        verdict = validity.update(run)
-        runs.write_json(folder / "letters_done.json", {"evals": ["absorption"] * bool(report),
-                                                       "status": verdict.status})
-    return Letters(run, report, letters, words, verdict, by_ratio, found)
+            try:
+                found = _written(folder, _measure(p, run, asked), asked)
+            except Exception as error:
+                fault = error
+                _clear(folder)
+                runs.write_json(folder / "absorption.json", faults.failed("absorption", fault, {
+                    "preset": p.absorption_preset, "model": p.model or asked.model, "hook": hook_of(p.layer, asked)}))
+        found = found._replace(verdict=validity.update(run))
+        if not fault:
+            runs.write_json(folder / "letters_done.json", {"evals": ["absorption"] * bool(found.report),
+                                                           "status": found.verdict.status})
+    if fault:  # outside the stage, which would write its own words over the verdict's
+        raise fault
+    return found
 
 
-def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
-    """The report before the gate, both tables over all seeds, absorption by share of latents kept, and of nulls."""
+def _written(folder: Path, found: Letters, asked: params.Train) -> Letters:
+    """What was measured, marked by the gate and written."""
+    run = found.run
+    # What else failed is no reason to set these figures apart in their files; the run's verdict will say it.
+    others = {"core": run.json("evals/core.json")} | validity.further(run)
+    sound = {name: one for name, one in others.items() if not faults.reason(one)}
+    verdict = validity.judge(run.json("training.json"), sound.pop("core", None), asked.role, found.report, sound)
+    report, letters, words = letter_reports.marked(found.report, found.letters, found.words, verdict)
+    for name, frame in (("letters", letters), ("words", words)):
+        with runs.whole(folder / f"absorption_{name}.parquet") as temporary:
+            frame.to_parquet(temporary, index=False)
+    runs.write_json(folder / "absorption.json", report)
+    curves = {}
+    for name, file in (("by_ratio", "compression_absorption"), ("along", "absorption_over_training")):
+        if curve := getattr(found, name):
+            curves[name] = compression.marked(curve, verdict)
+            runs.write_json(folder / f"{file}.json", curves[name])
+    return found._replace(report=report, letters=letters, words=words, **curves)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier evaluation left: it is not what was asked for now."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _measure(p: params.Letters, run: runs.Run, asked: params.Train) -> Letters:
+    """All that 04 measures, before the gate."""
     from sae_lib.data import language_model
     from sae_lib.evaluation.saebench import adapter, letter_words
     from sae_lib.evaluation.saebench.absorption import absorption, sparse_batch
@@ -120,6 +155,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
             found[seed] = ask(sae, seed)
             print(f"seed {seed}: absorption measured, {time.perf_counter() - began:.0f} s", flush=True)
         masked = _by_ratio(p, sae, asked, found, ask)
+        kept = _over_training(p, run, sae, found, materials, ask)
     config = {"preset": p.absorption_preset, "model": model, "model_identity": info.identity, "hook": site,
               "d_in": sae.d_in, "d_sae": sae.d_sae, "seeds": p.absorption_seeds, "words": len(words.tokens),
               "words_per_letter": None if paper else p.absorption_words_per_letter,
@@ -130,19 +166,20 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
     with runs.whole(run.path / "evals" / PROBES) as temporary:
         save_file({f"seed{seed}.{letter}": row.float().contiguous() for seed, one in materials.items()
                    for letter, row in zip(one.letters, one.weight)}, temporary)
-    report = _report(found, config) | {
+    report = letter_reports.report_of(found, config) | {
         "l0_words": _l0(sae, materials.values()), "seconds": round(time.perf_counter() - start, 2),
-        "seconds_setup": round(setup, 2), "words_reused": all(m.reused for m in materials.values())}
-    letters, tested = _tables(found)
+        "sae_sha256": runs.sha256(run.path / validity.WEIGHTS), "seconds_setup": round(setup, 2),
+        "words_reused": all(m.reused for m in materials.values())}
+    letters, tested = letter_reports.tables(found)
     if report["metrics"]:
-        report["within_this_sae"] = _within(tested, letters)
-    by_ratio = [{"ratio": ratio, "kept": kept} | _row(_report(one, config), *_tables(one))
-                for ratio, kept, one in masked]
-    curve = {"eval": "absorption by share of latents kept", "by_ratio": by_ratio, "config": report["config"],
-             "provenance": report["provenance"]}
+        report["within_this_sae"] = letter_reports.within_all(tested, letters)
+    curve = {"eval": "absorption by share of latents kept", "config": report["config"],
+             "provenance": report["provenance"],
+             "by_ratio": [{"ratio": ratio, "kept": count} | _row_of(one, config) for ratio, count, one in masked]}
+    along = over_training.absorption(run, asked, _rows(kept, config), report["config"])
     with adapter.settings(p.threads):
         beside = nulls.of_letters(p, run, asked, sae, report, lambda _, null: _of_null(null, found, config, ask))
-    return report, letters, tested, curve if by_ratio else {}, beside
+    return Letters(run, report, letters, tested, by_ratio=curve if masked else {}, nulls=beside, along=along)
 
 
 def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any], ask):
@@ -164,26 +201,27 @@ def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any]
 def _of_null(null, found: dict[int, Any], config: dict[str, Any], ask) -> dict[str, Any]:
     """The report of a null baseline, with the seeds of ``found``."""
     one = {seed: ask(null, seed) for seed in found}
-    letters, words = _tables(one)
-    report = _report(one, config | {"d_sae": null.d_sae})
-    return report | ({"within_this_sae": _within(words, letters)} if report["metrics"] else {})
+    letters, words = letter_reports.tables(one)
+    report = letter_reports.report_of(one, config | {"d_sae": null.d_sae})
+    return report | ({"within_this_sae": letter_reports.within_all(words, letters)} if report["metrics"] else {})
+def _over_training(p: params.Letters, run: runs.Run, sae, found: dict[int, Any], materials: dict[int, Any], ask):
+    """Each SAE that training kept, what ``ask`` finds by seed, and its L0 on words; of the finished one, ``found``."""
+    def measure(one):
+        one = one.to(sae.W_dec.device)
+        return {seed: ask(one, seed) for seed in found}, _l0(one, materials.values())
+    finished = found, _l0(sae, materials.values())
+    return over_training.each(run, finished, measure) if p.absorption_over_training else []
 
 
-def _row(report: dict[str, Any], letters: pd.DataFrame, words: pd.DataFrame) -> dict[str, Any]:
-    """Of one share: means over letters with their intervals, how many letters, and why there is none."""
-    return {"metrics": report["metrics"], "interval": _within(words, letters) if report["metrics"] else {},
-            "letters": {seed: one["letters"] for seed, one in report["seeds"].items()}, "note": report["note"]}
+def _row_of(found: dict[int, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The row of a curve for what was found by seed."""
+    return letter_reports.row(letter_reports.report_of(found, config), *letter_reports.tables(found))
 
 
-def _tables(found: dict[int, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Letters and words of all seeds."""
-    return tuple(pd.concat([getattr(one, name).assign(seed=seed) for seed, one in found.items()], ignore_index=True)
-                 for name in ("letters", "words"))
-
-
-def _within(words: pd.DataFrame, letters: pd.DataFrame) -> dict[str, Any]:
-    return {"level": intervals.LEVEL, "by": "bootstrap over words within letters; letters are fixed",
-            **{name: within(words, letters, column) for name, column in BOOTSTRAP.items()}}
+def _rows(kept: list[tuple[dict[str, Any], Any]], config: dict[str, Any]):
+    """Each of ``kept`` with its row, its L0 on words among it; None for one that was not measured."""
+    return [(one, part and _row_of(part[0], config) | {"l0_words": part[1]})
+            for one, part in kept]
 
 
 def _precision(asked: params.Train) -> str:
@@ -202,64 +240,3 @@ def _l0(sae, materials) -> float | None:
                   for material in materials for part in material.x.split(4096)]
     total = torch.cat(counts)
     return float(total.mean()) if len(total) else None
-
-
-def _report(found: dict[int, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Figures of every seed and their means; a note where a seed gives none."""
-    seeds, notes = {}, {}
-    for seed, one in found.items():
-        first = [scores[0] for scores in one.letters.f1_by_k.dropna()]
-        note = one.note
-        if not note and not any(first):
-            note = "no latent predicts any letter (F1 0 for all), so that an absorption of 0 is no score"
-        notes |= {seed: note} if note else {}
-        seeds[seed] = {"metrics": {} if note else one.metrics, "letters": int(one.letters.kept.sum()), "note": note,
-                       "dropped": dict(one.letters.loc[~one.letters.kept, ["letter", "reason"]].to_numpy())}
-    usable = [one["metrics"] for one in seeds.values() if one["metrics"]]
-    means = {name: float(np.mean([values[name] for values in usable])) for name in (usable[0] if usable else ())}
-    provenance = runs.provenance()
-    comparable = digest([provenance["packages"]["sae-bench"], {k: v for k, v in config.items() if k != "d_sae"}])
-    return {"eval": "absorption", "metrics": means, "seeds": seeds,
-            "note": "; ".join(f"seed {seed}: {note}" for seed, note in notes.items()) or None,
-            "config": config | {"comparable": comparable}, "raw": {seed: one.raw for seed, one in found.items()},
-            "provenance": provenance}
-
-
-def marked(report: dict[str, Any], letters: pd.DataFrame, words: pd.DataFrame, verdict: validity.Verdict):
-    """Report and tables with their run's status; figures that are no result stay in the report's ``raw`` only.
-
-    That is all of an invalid run's, and those of a seed that has a note instead.
-    """
-    why = "; ".join(verdict.reasons) if verdict.status == "invalid" else ""
-    no_result = {seed: why or one["note"] for seed, one in report["seeds"].items() if why or one["note"]}
-    report = report | {"status": verdict.status, "not_a_result": why or None}
-    if why:
-        report |= {"metrics": {}, "seeds": {seed: one | {"metrics": {}} for seed, one in report["seeds"].items()}}
-        report.pop("within_this_sae", None)
-    report["raw"] = {seed: None if raw is None else {"not_a_result": no_result.get(seed)} | raw
-                     for seed, raw in report["raw"].items()}
-    out = []
-    for frame, columns in ((letters, FIGURES), (words, ("full_absorption", "absorbing_latent",
-                                                        "absorption_fraction"))):
-        frame = frame.assign(status=verdict.status, not_a_result=frame.seed.map(no_result).fillna(""))
-        frame["full_absorption"] = frame.full_absorption.astype("boolean" if columns is not FIGURES else "Float64")
-        for column in columns:
-            frame[column] = frame[column].mask(frame.not_a_result != "")
-        out.append(frame)
-    return report, *out
-
-
-def within(words: pd.DataFrame, letters: pd.DataFrame, column: str) -> list[float]:
-    """Bootstrap interval of the mean over kept letters of a column of ``words``: words are drawn within letters.
-
-    It says how far the figure of *this* SAE rests on the words; nothing about a variant.
-    """
-    kept = letters.loc[letters.kept, ["seed", "letter"]]
-    counted = words.merge(kept, on=["seed", "letter"]).reset_index(drop=True)
-    groups = counted.groupby(["seed", "letter"])
-    # A mean over seeds of means over letters of means over words is one weighted sum of words.
-    words_in, letters_in = groups.letter.transform("size"), counted.groupby("seed").letter.transform("nunique")
-    share = counted[column].to_numpy(dtype=float) / (words_in * letters_in * counted.seed.nunique()).to_numpy()
-    drawn = intervals.spread(len(counted), lambda weights: {column: weights @ share},
-                             strata=list(groups.indices.values()))
-    return intervals.interval(drawn[column])

@@ -147,8 +147,16 @@ class Train(Extract):
     """Rows of the history, evenly spaced."""
     checkpoint_every: int = Field(200, ge=0)
     """Steps between checkpoints, which a run of the same parameters goes on from; 0 writes none."""
+    snapshots: list[float] = []
+    """Shares of training (0 is before it) after which the SAE is kept whole, for evaluation over training."""
     stop_after_steps: int | None = Field(None, ge=0)
     """Cut the run after so many steps, as an interruption would: the run is then invalid."""
+
+    @property
+    def snapshot_steps(self) -> dict[int, float]:
+        """The share of ``snapshots`` by the step after which it is reached; empty where nothing is trained."""
+        total = self.samples // self.batch_size
+        return {round(share * total): share for share in self.snapshots} if total else {}
 
     @model_validator(mode="after")
     def _k_fits(self):
@@ -157,6 +165,19 @@ class Train(Extract):
         if self.target_l0 is not None and self.target_l0 >= self.d_sae:
             raise ValueError(f"target_l0 = {self.target_l0} must be below d_sae = {self.d_sae}")
         return self
+
+    @field_validator("snapshots")
+    @classmethod
+    def _snapshots_are_steps_of_their_own(cls, value, info):
+        if not all(0 <= share <= 1 for share in value) or len(set(value)) < len(value):
+            raise ValueError("shares of training are wanted, each from 0 (untrained) to 1, and each once")
+        total = info.data.get("samples", 0) // info.data.get("batch_size", 1)
+        steps = [round(share * total) for share in sorted(value)]
+        inner = [step for share, step in zip(sorted(value), steps) if 0 < share < 1]
+        if total and (len(set(steps)) < len(steps) or {0, total} & set(inner)):
+            raise ValueError(f"of {total} steps these are steps {steps}; shares are wanted that are steps of their "
+                             "own, none but 0 and 1 the first or the last")
+        return sorted(value)
 
     @field_validator("matryoshka_widths")
     @classmethod
@@ -191,6 +212,8 @@ class Evaluate(Common):
     """Null baselines that every evaluation is run on too, once for all SAEs of a shape; empty runs none."""
     compression_ratios: list[float] = []
     """Shares of the latents to keep, the most important ones, each measured in turn; empty measures none."""
+    over_training: bool = True
+    """Measure the SAEs that `snapshots` kept in training too, where there are any."""
     model: str | None = None
     """The model that evaluates; None takes the one that the SAE was trained on."""
     layer: int | None = Field(None, ge=0)
@@ -219,6 +242,8 @@ class Letters(Common):
     """Null baselines that absorption is measured of too, once for all SAEs of a shape; empty measures none."""
     absorption_ratios: list[float] = []
     """Shares of the latents to keep, the most important ones, absorption measured for each; empty measures none."""
+    absorption_over_training: bool = True
+    """Measure absorption of the SAEs that `snapshots` kept in training too, where there are any."""
     model: str | None = None
     """The model that evaluates; None takes the one that the SAE was trained on."""
     layer: int | None = Field(None, ge=0)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_lib import params, runs
+from sae_lib.training import snapshots
 
-FORMAT, KEPT = 4, 2
+FORMAT, KEPT = 5, 2
 
 
 def made_with(trainer) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def save(trainer, folder: Path) -> None:
     numbers = {name: getattr(architecture, name) for name in architecture.state}
     state = {"made_with": made_with(trainer), "step": trainer.step, "rows": trainer.rows, "seconds": trainer.seconds(),
              "waited": trainer.waited, "busy": trainer.busy, "resumed_at": trainer.resumed_at, "phases": trainer.phases,
+             "snapshots": trainer.snapshots,
              "architecture": {key: value for key, value in numbers.items() if not isinstance(value, Tensor)}}
     state = json.loads(json.dumps(state, default=float))
     held = {f"architecture.{key}": value for key, value in numbers.items() if isinstance(value, Tensor)}
@@ -68,6 +70,7 @@ def resume(trainer, folder: Path) -> None:
     for path in _there(folder):
         try:
             state, tensors = _read(path)
+            snapshots.check(folder.parent, state.get("snapshots", []))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             print(f"checkpoint of step {int(path.name)} is damaged ({error}): not used", flush=True)
             shutil.rmtree(path)
@@ -122,4 +125,5 @@ def _restore(trainer, state: dict[str, Any], tensors: dict[str, Tensor]) -> None
         setattr(trainer.sae.architecture, key, value.to(trainer.device) if isinstance(value, Tensor) else value)
     trainer.step, trainer.rows, trainer.before = state["step"], state["rows"], state["seconds"]
     trainer.waited, trainer.busy, trainer.phases = state["waited"], state["busy"], state["phases"]
+    trainer.snapshots = state["snapshots"]
     trainer.resumed_at = [*state["resumed_at"], state["step"]]

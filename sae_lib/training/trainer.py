@@ -20,9 +20,9 @@ from sae_lib.progress import Progress
 from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
-from sae_lib.training import checkpoint, measure, phases, terms
+from sae_lib.training import checkpoint, measure, phases, snapshots, terms
 from sae_lib.training.adam import Adam
-from sae_lib.training.ingredients import Ingredient, configured, load_sae
+from sae_lib.training.ingredients import Ingredient, configured
 from sae_lib.training.memory import keep_freed_memory
 from sae_lib.training.schedules import learning_rate_factor
 
@@ -46,11 +46,12 @@ def train(p: Train, source, run: runs.Run, watch: Callable[[list[dict[str, float
     any work for what cannot be; a fault on the way is recorded as ``failed``.
     """
     with presence.alone(run.path, f"run '{run.name}'"), run.stage("02_train_variant"):
-        trainer = Trainer(p, source, run.path / "coactivation")
+        trainer = Trainer(p, source, run.path)
         checkpoint.resume(trainer, run.path / "checkpoints")
+        snapshots.settle(trainer)
         trainer.watch = watch
         trainer.fit(run.path / "checkpoints")
-        sae = trainer.saved(run)
+        sae = snapshots.save(trainer, run.path / snapshots.LAST)
         history = pd.DataFrame(trainer.rows)
         with runs.whole(run.path / "history.parquet") as temporary:
             history.to_parquet(temporary)
@@ -63,8 +64,8 @@ def train(p: Train, source, run: runs.Run, watch: Callable[[list[dict[str, float
 class Trainer:
     """State of one training: weights, optimiser, ingredients, counters."""
 
-    def __init__(self, p: Train, source, coactivation: Path | None = None):
-        self.p, self.source, self.coactivation = p, source, coactivation
+    def __init__(self, p: Train, source, folder: Path | None = None):
+        self.p, self.source, self.folder = p, source, folder
         if p.threads:
             torch.set_num_threads(p.threads)
         keep_freed_memory()
@@ -103,6 +104,8 @@ class Trainer:
         self.phases: list[dict[str, Any]] = []
         """Decoder cosines and co-activation at the end of each third."""
         self.phase_ends = phases.ends(self.total_steps) if p.coactivation_window else {}
+        self.snapshots: list[dict[str, Any]] = []
+        """What is known of the SAEs kept on the way (``snapshots.entry``)."""
         self.watch: Callable[[list[dict[str, float]]], None] | None = None
         """Told of each row of the history."""
         self.resumed_at: list[int] = []
@@ -125,6 +128,7 @@ class Trainer:
         batches = self.source.batches(drawn, last * drawn, order=p.order, seed=p.seed, start=self.step)
         if self.source.reads_ahead and torch.get_num_threads() > 1:  # a single core has nothing to spare
             batches = ahead(batches)
+        snapshots.keep(self)
         try:
             with Progress(last * p.batch_size, f"training {p.run}", p.mode, "samples",
                           initial=self.step * p.batch_size) as bar:
@@ -135,6 +139,7 @@ class Trainer:
                     self.one_step(batch, log=self.step % every == 0 or self.step == last - 1)
                     self.waited += ready - began
                     self.busy += time.perf_counter() - ready
+                    snapshots.keep(self)
                     if self.step in self.phase_ends and not self.nonfinite:
                         self._end_phase(self.phase_ends[self.step])
                     bar.advance(p.batch_size, self._headline())
@@ -214,7 +219,7 @@ class Trainer:
 
     def _end_phase(self, name: str) -> None:
         sae, x = self.sae.folded(self.source.scale), self.source.heldout(self.p.coactivation_window).x
-        self.phases.append(phases.measure(sae, x, name, self.step, self.coactivation))
+        self.phases.append(phases.measure(sae, x, name, self.step, self.folder and self.folder / "coactivation"))
 
     def _headline(self) -> str:
         if not self.rows:
@@ -240,16 +245,6 @@ class Trainer:
         dead = (self.silent >= window)[~self.idle()]
         return float(dead.double().mean()) if steps and len(dead) else 1.0
 
-    def saved(self, run: runs.Run) -> SparseAutoencoder:
-        """Save the SAE with the activation scale folded back, and return it as read from the file."""
-        manifest = self.source.manifest
-        sae = self.sae.folded(self.source.scale)
-        sae.metadata = {"model_name": self.p.model, "hook_name": self.p.hook, "context_size": self.p.context,
-                        "prepend_bos": True, "dataset_path": str(self.p.corpus), "run": self.p.run,
-                        "model_identity": manifest["model"]["identity"]}
-        sae.save(run.path / "sae")
-        return load_sae(run.path / "sae")
-
     def report(self, sae: SparseAutoencoder) -> dict[str, Any]:
         """What training knows, measured on the saved SAE: the content of training.json."""
         x, manifest = self.source.heldout().x, self.source.manifest
@@ -264,7 +259,7 @@ class Trainer:
                 "terms": {name: terms.summary(values) | {"of": "ingredient" if name in named else "architecture"}
                           for name, values in self._shares().items()},
                 "unfinished_schedules": self._unfinished(), "unused_parameters": unused_parameters(self.p),
-                "phases": self.phases,
+                "phases": self.phases, "snapshots": snapshots.listed(self, knows),
                 "lr": self.lr, "kernel": self.sae.kernel.name, "threads": torch.get_num_threads(),
                 "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": self.p.hook,
                 "model_identity": manifest["model"]["identity"],

@@ -157,6 +157,13 @@ def packed(lm, texts: list[str], most: int, context: int) -> Tensor:
     return torch.stack(blocks) if blocks else torch.empty(0, context, dtype=torch.long)
 
 
+def as_read(blocks: Tensor) -> Tensor:
+    """Blocks (N, T) in the order in which SAEBench reads them: through the model first, then up to the hook."""
+    import datasets
+
+    return blocks[list(datasets.Dataset.from_dict({"place": range(len(blocks))}).shuffle(seed=SEED)["place"])]
+
+
 def left_out(model) -> Tensor:
     """Ids that SAEBench leaves out of every mean: padding, EOS and BOS of a HookedTransformer's tokenizer."""
     tokenizer = model.tokenizer
