@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from sae_lib import params, runs
 from sae_lib.data import activations
-from sae_lib.evaluation import compression, foreign_run, importance, validity
+from sae_lib.evaluation import compression, faults, foreign_run, importance, validity
 from sae_lib.evaluation.evaluate import hook_of, trained
 from sae_lib.params import digest
 from sae_lib.sae.kept import keep
@@ -50,20 +51,28 @@ def evaluate(p: params.Letters) -> Letters:
     """Measure the run's SAE with every seed; write evals/absorption.json, two parquet files and validity.json.
 
     With ``p.sae`` the SAE of that folder, made elsewhere, becomes the run first. An SAE whose weights are not finite
-    is not evaluated. Raises ParameterError or RunError, also noted in validity.json.
+    is not evaluated. Raises what the evaluation fails on, when evals/absorption.json and validity.json say it.
     """
     run = foreign_run.bring_in(p) if p.sae else runs.Run(p.run)
     with run.stage("04_letter_absorption"):
         asked = trained(run)
         verdict, folder = validity.update(run), run.path / "evals"
         report, letters, words, by_ratio = {}, pd.DataFrame(), pd.DataFrame(), {}
+        (folder / "letters_done.json").unlink(missing_ok=True)
+        fault = None
         if run.json("training.json")["nonfinite"]:
             print(f"not evaluated: {'; '.join(verdict.reasons)}")
-            for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES,
-                         "compression_absorption.json"):
-                (folder / name).unlink(missing_ok=True)
+            _clear(folder)
         else:
-            report, letters, words, by_ratio = _measure(p, run, asked)
+            try:
+                report, letters, words, by_ratio = _measure(p, run, asked)
+            except Exception as error:
+                fault = error
+        if fault:
+            _clear(folder)
+            runs.write_json(folder / "absorption.json", faults.failed("absorption", fault, {
+                "preset": p.absorption_preset, "model": p.model or asked.model, "hook": hook_of(p.layer, asked)}))
+        elif report:
             verdict = validity.judge(run.json("training.json"), run.json("evals/core.json"), asked.role, report,
                                      validity.further(run))
             report, letters, words = marked(report, letters, words, verdict)
@@ -75,9 +84,19 @@ def evaluate(p: params.Letters) -> Letters:
                 by_ratio = compression.marked(by_ratio, verdict)
                 runs.write_json(folder / "compression_absorption.json", by_ratio)
         verdict = validity.update(run)
-        runs.write_json(folder / "letters_done.json", {"evals": ["absorption"] * bool(report),
-                                                       "status": verdict.status})
+        if not fault:
+            runs.write_json(folder / "letters_done.json", {"evals": ["absorption"] * bool(report),
+                                                           "status": verdict.status})
+    if fault:  # outside the stage, which would write its own words over the verdict's
+        raise fault
     return Letters(run, report, letters, words, verdict, by_ratio)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier evaluation left: it is not what was asked for now."""
+    for name in ("absorption.json", "absorption_letters.parquet", "absorption_words.parquet", PROBES,
+                 "compression_absorption.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
@@ -128,7 +147,8 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train):
                    for letter, row in zip(one.letters, one.weight)}, temporary)
     report = _report(found, config) | {
         "l0_words": _l0(sae, materials.values()), "seconds": round(time.perf_counter() - start, 2),
-        "seconds_setup": round(setup, 2), "words_reused": all(m.reused for m in materials.values())}
+        "sae_sha256": runs.sha256(run.path / validity.WEIGHTS), "seconds_setup": round(setup, 2),
+        "words_reused": all(m.reused for m in materials.values())}
     letters, tested = _tables(found)
     if report["metrics"]:
         report["within_this_sae"] = _within(tested, letters)

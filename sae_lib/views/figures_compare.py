@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sae_lib.evaluation.results import EVALUATION
 from sae_lib.metrics import METRICS
 from sae_lib.views.template import GREY, GREY_INK, dress, mark, style
 
@@ -165,14 +166,15 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
     """
     table = pd.concat([table[main(table)], table[~main(table)]])
     measured = (table.status == "valid") | (table.status == "null")
-    columns = [name for name in TABLE if name in table and table[name].notna().any()]
+    columns = [name for name in TABLE if name in table and (table[name].notna() | (instead(table, name) != "")).any()]
     names, valid = labels(table), main(table)
     head = ["run", "verdict", *(METRICS[name].heading for name in columns)]
     runs = [_wrapped(names[run].replace("_", "_ "), 22).replace("_ ", "_") for run in table.run]
     said = [_wrapped("valid" if ok else why(row), 31) + (f"<br><i>{_wrapped(row.flags, 31)}</i>" if row.flags else "")
             for row, ok in zip(table.itertuples(), valid)]
     cells = [runs, said]
-    cells += [[f"{v:.4g}" if ok and pd.notna(v) else "–" for v, ok in zip(table[name], measured)] for name in columns]
+    cells += [[f"{v:.4g}" if ok and pd.notna(v) else word or "–" for v, ok, word in
+               zip(table[name], measured, instead(table, name))] for name in columns]
     ink = [["#111111" if ok else GREY_INK for ok in valid]] * len(head)
     fig = go.Figure(go.Table(
         columnwidth=[2.2, 3, *[1.5] * len(columns)],
@@ -185,12 +187,22 @@ def comparison_table(table: pd.DataFrame, caption: str = "") -> go.Figure:
                  height=70 + 110 + sum(heights) + 100, top=70, side=30)
 
 
+def instead(table: pd.DataFrame, metric: str) -> pd.Series:
+    """For each run the word that stands for a metric its evaluation did not give (``failed``); empty for others."""
+    why = table.get(f"no_figure/{EVALUATION.get(metric)}", pd.Series("", table.index))
+    return why.fillna("").str.partition(":")[0]
+
+
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The table for the page: verdicts, then every metric with its direction; no figures of runs not valid."""
     shown = table[["run", "status", "reasons", "flags"]].rename(columns={"status": "verdict"})
     for name, metric in METRICS.items():
-        if name in table and table[name].notna().any():
-            shown[metric.called] = table[name].where(table.status.isin(("valid", "null")))
+        words = instead(table, name)
+        if name in table and (table[name].notna() | (words != "")).any():
+            values = table[name].where(table.status.isin(("valid", "null")))
+            shown[metric.called] = values.astype(object).where(words == "", words) if words.any() else values
+    for name in (column for column in table if column.startswith("no_figure/")):
+        shown[f"no {name.removeprefix('no_figure/')}"] = table[name].fillna("")
     return shown.assign(library=["another" if row.get("stale") is True else "" for _, row in table.iterrows()])
 
 

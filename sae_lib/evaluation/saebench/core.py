@@ -24,6 +24,7 @@ from sae_lib import metrics, runs
 from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.rerun import Rerun, file_of
+from sae_lib.evaluation.saebench import checking
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
 from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.params import ParameterError, digest
@@ -230,5 +231,9 @@ def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: i
         lines = [line for line in said.getvalue().splitlines() if line.strip()]
         raise RunError("SAEBench core gave no result; it said: " + (" | ".join(lines[-5:]) or "nothing"))
     raw = runs.read_json(files[0])
+    checking.configuration("core", raw, {
+        "n_eval_reconstruction_batches": batches.reconstruction, "n_eval_sparsity_variance_batches": batches.sparsity,
+        "batch_size_prompts": batches.rows, "context_size": context, "llm_dtype": wrapped.cfg.dtype,
+        "exclude_special_tokens_from_reconstruction": True})
     raw.pop("sae_bench_commit_hash", None)  # of the working directory, not of SAEBench
     return results[0], raw

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sae_lib.data import labelled
 from sae_lib.data.language_model import import_transformers
-from sae_lib.evaluation.saebench import model_side
+from sae_lib.evaluation.saebench import checking, model_side
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
 from sae_lib.evaluation.saebench.sparse_probing import data_of, described, finished, mean_l0
 from sae_lib.params import ParameterError
@@ -71,8 +71,10 @@ def _evaluate(name: str, sae, lm, preset: str, *, seed: int = 42, threads: int =
     with settings(threads):
         side = model_side.ModelSide(lm, asked.context, mode)
         work = Work(name, sae, lm, side, sets, asked, seed)
-        raw = model_side.run(name.upper(), work.call, seed)
-    metrics = {key: value for key, value in raw["eval_result_metrics"][f"{name}_metrics"].items() if value is not None}
+        raw = model_side.run(name.upper(), work.call, seed, work.config)
+    checking.data_sets(name.upper(), raw, list(sets) or raw["eval_config"]["dataset_names"])
+    metrics = checking.figures(name.upper(), raw["eval_result_metrics"][f"{name}_metrics"], [
+        f"scr_metric_threshold_{n}" if name == "scr" else f"tpp_threshold_{n}_total_metric" for n in work.ablated])
     report = described(name, lm, sae, side, {"preset": preset, **asked._asdict(), "seed": seed}, {
         one: found.about for one, found in sets.items()} or dict.fromkeys(
         raw["eval_config"]["dataset_names"], "SAEBench's own, of the hub"))
@@ -92,19 +94,25 @@ class Work:
         self.texts: dict[str, dict[str, int]] = {}
         """Of each data set (or pair of labels) the training and test texts of a class (or combination)."""
 
+        self.config = self._config()
+
+    def _config(self):
+        from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+
+        options = {"dataset_names": list(self.sets)} if self.sets else {}
+        if self.sets and self.name == "scr":
+            options["column1_vals_lookup"] = {one: list(found.pairs) for one, found in self.sets.items()}
+        return ScrAndTppEvalConfig(
+            random_seed=self.seed, perform_scr=self.name == "scr", train_set_size=self.asked.train,
+            test_set_size=self.asked.test, context_length=self.asked.context, llm_batch_size=32,
+            sae_batch_size=model_side.sae_batch(self.sae.d_sae, self.asked.context), n_values=self.ablated,
+            llm_dtype=str(self.lm.dtype).removeprefix("torch."), model_name=self.lm.name, **options)
+
     def call(self, folder: str) -> None:
         """Run SAEBench's ``run_eval``, its data and model in place for its length."""
         from sae_bench.evals.scr_and_tpp import main
         from sae_bench.sae_bench_utils import dataset_info
 
-        options = {"dataset_names": list(self.sets)} if self.sets else {}
-        if self.sets and self.name == "scr":
-            options["column1_vals_lookup"] = {one: list(found.pairs) for one, found in self.sets.items()}
-        config = main.ScrAndTppEvalConfig(
-            random_seed=self.seed, perform_scr=self.name == "scr", train_set_size=self.asked.train,
-            test_set_size=self.asked.test, context_length=self.asked.context, llm_batch_size=32,
-            sae_batch_size=model_side.sae_batch(self.sae.d_sae, self.asked.context), n_values=self.ablated,
-            llm_dtype=str(self.lm.dtype).removeprefix("torch."), model_name=self.lm.name, **options)
         classes, columns, values = {}, {}, {}
         for one, found in self.sets.items():
             labels = found.rows.columns
@@ -126,7 +134,7 @@ class Work:
                        get_all_node_effects_for_one_sae=self._reseeded(main.get_all_node_effects_for_one_sae),
                        get_probe_test_accuracy=self._reseeded(main.get_probe_test_accuracy),
                        HookedTransformer=SimpleNamespace(from_pretrained_no_processing=lambda *_a, **_o: None))):
-            main.run_eval(config, [("workbook", wrapped)], str(self.lm.device), folder, force_rerun=True,
+            main.run_eval(self.config, [("workbook", wrapped)], str(self.lm.device), folder, force_rerun=True,
                           save_activations=False)
 
     def _reseeded(self, function):

@@ -16,7 +16,7 @@ import torch
 from sae_lib import params, runs
 from sae_lib.data import labelled
 from sae_lib.data.language_model import import_transformers
-from sae_lib.evaluation.saebench import model_side
+from sae_lib.evaluation.saebench import checking, model_side
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
 from sae_lib.params import ParameterError, digest
 
@@ -68,7 +68,9 @@ def sparse_probing(sae, lm, preset: str = "default", *, seed: int = 42, threads:
         side = model_side.ModelSide(lm, asked.context, mode)
         raw, l0 = _run(sae, lm, side, sets, asked, seed)
     found = raw["eval_result_metrics"]
-    metrics = {name: value for group in ("llm", "sae") for name, value in found[group].items() if value is not None}
+    checking.data_sets("sparse probing", raw, list(sets) or raw["eval_config"]["dataset_names"])
+    metrics = checking.figures("sparse probing", found["llm"] | found["sae"], [
+        f"{kind}_{part}test_accuracy" for kind in ("llm", "sae") for part in ("", *(f"top_{k}_" for k in K_VALUES))])
     config = {"preset": preset, **asked._asdict(), "seed": seed, "k_values": list(K_VALUES)}
     report = described("sparse_probing", lm, sae, side, config, {
         name: labelled.labelled(name).about for name in sets} or dict.fromkeys(
@@ -153,4 +155,4 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int) -> tuple[dict[str, Any],
             main.run_eval(config, [("workbook", wrapped)], str(lm.device), folder, force_rerun=True,
                           save_activations=False)
 
-    return model_side.run("sparse probing", call, seed), sum(l0s) / len(l0s)
+    return model_side.run("sparse probing", call, seed, config), sum(l0s) / len(l0s)
