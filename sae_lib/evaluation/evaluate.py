@@ -7,6 +7,7 @@ from typing import Any
 
 from sae_lib import params, runs
 from sae_lib.evaluation import faults, foreign_run, validity
+from sae_lib.evaluation.reported import settings
 
 
 def trained(run: runs.Run) -> params.Train:
@@ -70,7 +71,8 @@ def _loaded(p: params.Evaluate, run: runs.Run, asked: params.Train):
     from sae_lib.training.ingredients import load_sae
 
     site = hook_of(p.layer, asked)
-    model = language_model.load(p.model or asked.model, hook=site, dtype="float32", device=p.device, whole=True)
+    model = language_model.load(p.model or asked.model, hook=site, dtype=settings.dtype(p.eval_preset),
+                                device=p.device, whole=True)
     return load_sae(run.path / "sae").to(model.device), model
 
 

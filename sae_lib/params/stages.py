@@ -182,8 +182,8 @@ class Evaluate(Common):
 
     evals: list[Literal["core", "sparse_probing", "scr", "tpp", "unlearning"]] = Field(["core"], min_length=1)
     """SAEBench evaluations to run: core, sparse_probing, scr, tpp, unlearning."""
-    eval_preset: Literal["smoke", "default", "paper"] = "default"
-    """How much text: smoke, default, or paper (SAEBench's own amounts)."""
+    eval_preset: Literal["smoke", "default", "paper", "reported_000", "reported_001"] = "default"
+    """How much: smoke, default, paper (SAEBench's own), or what study 1 or 2 reported: reported_000, reported_001."""
     compression_ratios: list[float] = []
     """Shares of the latents to keep, the most important ones, each measured in turn; empty measures none."""
     model: str | None = None

@@ -23,6 +23,7 @@ from torch import Tensor
 from sae_lib import metrics, runs
 from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.rerun import Rerun, file_of
 from sae_lib.evaluation.saebench import checking
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
@@ -67,9 +68,11 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     for what cannot be evaluated, RunError with SAEBench's own words when it gives no result.
     """
     start = time.perf_counter()
-    _check(sae, lm, preset, context)
+    known = {name: (own, context) for name, own in PRESETS.items()}
+    asked, context = reported.chosen(preset, known, "core", lm, _reported)
+    _check(sae, lm, context)
     import_transformers()
-    blocks, asked = _blocks(lm, texts, PRESETS[preset], context), PRESETS[preset]
+    blocks = _blocks(lm, texts, asked, context)
     batches, available = fit(asked, len(blocks), context), len(blocks)
     blocks = blocks[:batches.blocks]
     file, hooked = file_of(lm, blocks), to_hooked(lm)
@@ -101,6 +104,7 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     provenance = runs.provenance()
     config["comparable"] = digest([provenance["packages"]["sae-bench"],
                                    {key: value for key, value in config.items() if key != "d_sae"}])
+    config["not_as_reported"] = reported.differences(preset, "core", raw)
     seconds = time.perf_counter() - start
     report = {"eval": "core", "metrics": values, "config": config, "raw": raw, "provenance": provenance,
               "seconds": round(seconds, 2), "seconds_setup": round(setup, 2), "model_reused": model.reused}
@@ -125,9 +129,12 @@ def fit(asked: Batches, available: int, context: int) -> Batches:
     return Batches(reconstruction, min(asked.sparsity, total - reconstruction), rows)
 
 
-def _check(sae, lm, preset: str, context: int) -> None:
-    if preset not in PRESETS:
-        raise ParameterError(f"eval_preset: '{preset}' is not known; known are {', '.join(PRESETS)}")
+def _reported(settings: dict[str, Any]) -> tuple[Batches, int]:
+    return Batches(settings["n_eval_reconstruction_batches"], settings["n_eval_sparsity_variance_batches"],
+                   settings["batch_size_prompts"]), settings["context_size"]
+
+
+def _check(sae, lm, context: int) -> None:
     if not lm.whole:
         raise ParameterError(f"model: {lm.name} is loaded up to {lm.hook} only; core needs load(..., whole=True)")
     limit = lm.hf.config.max_position_embeddings
