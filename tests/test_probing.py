@@ -9,7 +9,6 @@ from sae_lib import params, runs
 from sae_lib.data import activations, labelled, tiny_model
 from sae_lib.evaluation import evaluate, faults, validity
 from sae_lib.evaluation.saebench import model_side, scr_tpp, sparse_probing
-from sae_lib.evaluation.saebench.unlearning import unlearning
 from sae_lib.params import ParameterError
 from sae_lib.runs import RunError
 from sae_lib.sae import architectures
@@ -182,13 +181,6 @@ def test_a_hub_model_reads_saebenchs_own_data_in_paper_alone(tiny_model, planted
     assert report["config"]["data"]["Helsinki-NLP/europarl"] == "SAEBench's own, of the hub"
     classes = report["raw"]["eval_result_unstructured"]["fancyzhx/ag_news_results"]["llm_test_accuracy"]
     assert set(classes) == set("0123")
-
-
-def test_unlearning_is_never_a_number():
-    about = {"hook": "h", "identity": "i", "d_sae": 3}
-    report = unlearning("smollm2", **about)
-    assert report["status"] == "not applicable" and "smollm2" in report["reason"] and report["metrics"] == {}
-    assert unlearning("google/gemma-2-2b-it", **about)["status"] == "not run"
 
 
 def test_03_writes_each_and_a_fault_leaves_what_was_there(tiny, tiny_store, monkeypatch):

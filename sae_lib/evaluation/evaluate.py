@@ -105,7 +105,8 @@ def _tpp(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
 def _unlearning(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
     from sae_lib.evaluation.saebench.unlearning import unlearning
 
-    return unlearning(model.name, hook=model.hook, identity=model.identity, d_sae=sae.d_sae)
+    return unlearning(sae, model, p.eval_preset, folder=p.unlearning_data, threads=p.threads,
+                      declared=p.model not in (None, asked.model))
 
 
 EVALS = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr, "tpp": _tpp, "unlearning": _unlearning}

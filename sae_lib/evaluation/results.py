@@ -22,7 +22,8 @@ TRAINING = ("explained_variance", "mse", "l0", "dead_share", "idle_share", "unus
 CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
 LETTERS = ("mean_full_absorption_score", "mean_absorption_fraction_score", "mean_num_split_features")
 FURTHER = {"sparse_probing": ("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "llm_test_accuracy"),
-           "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",)}
+           "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",),
+           "unlearning": ("unlearning_score",)}
 """Of each of SAEBench's other evaluations, the figures that a table shows."""
 FIGURES = TRAINING + CORE + LETTERS + tuple(name for names in FURTHER.values() for name in names if name in METRICS)
 EVALUATION = dict.fromkeys(CORE, "core") | dict.fromkeys(LETTERS, "absorption") | {
@@ -128,6 +129,7 @@ def masked(table: pd.DataFrame) -> pd.DataFrame:
 KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
        "evaluation": "evaluation", "letters": "absorption's evaluation",
        "sparse_probing": "sparse probing's evaluation", "scr": "SCR's evaluation", "tpp": "TPP's evaluation",
+       "unlearning": "unlearning's evaluation",
        "sae_bench": "sae-bench version"}
 
 

@@ -125,7 +125,7 @@ def _absorption_faults(t: dict[str, Any], absorption: dict[str, Any]) -> list[st
 def _other_than_trained(t: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return [f"evaluated {what} '{config.get(key)}' is not the trained one '{t.get(key)}'"
             for key, what in (("model_identity", "model"), ("hook", "hook"), ("d_sae", "width"))
-            if config.get(key) != t.get(key)]
+            if config.get(key) != t.get(key) and not (key == "model_identity" and config.get("declared_model"))]
 
 
 def _flags(t: dict[str, Any]) -> list[str]:

@@ -194,6 +194,8 @@ class Evaluate(Common):
     """Folder of an SAE made elsewhere (SAELens, dictionary_learning, sparsify); None takes the run's own."""
     activations: str = "auto"
     """With `sae`: the store whose held-out part it is measured on; auto finds the one of the model and layer."""
+    unlearning_data: str | None = None
+    """Folder with unlearning's bio-forget-corpus.jsonl, which is gated, and what else is not to come from the hub."""
 
     @field_validator("compression_ratios")
     @classmethod

@@ -166,11 +166,11 @@ def reseed(*parts: Any) -> None:
     torch.manual_seed(int(digest(list(parts), 12), 16))
 
 
-def run(name: str, call: Callable[[str], Any], seed: int, config: Any) -> dict[str, Any]:
+def run(name: str, call: Callable[[str], Any], seed: int, config: Any, optional: bool = False) -> dict[str, Any] | None:
     """Run one of SAEBench's evaluations, ``call(folder)``, in an empty folder, and return the JSON that it wrote there.
 
     Raises RunError with SAEBench's own words when it fails or writes none, and where the JSON says another
-    configuration than ``config`` (SAEBench's).
+    configuration than ``config`` (SAEBench's). With ``optional`` no JSON at all gives None.
     """
     said, wanted = io.StringIO(), checking.asked(config)
     with tempfile.TemporaryDirectory() as folder, seeded(seed):
@@ -183,6 +183,8 @@ def run(name: str, call: Callable[[str], Any], seed: int, config: Any) -> dict[s
             hint = "; beartype 0.14.1 is needed" if "Beartype" in type(error).__name__ else ""
             raise RunError(f"SAEBench {name} failed: {type(error).__name__}: {error}{hint}{_words(said)}") from error
         files = sorted(Path(folder).rglob("*_eval_results.json"))
+        if not files and optional:
+            return None
         if not files:
             raise RunError(f"SAEBench {name} gave no result{_words(said)}")
         raw = runs.read_json(files[0])
