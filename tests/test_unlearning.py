@@ -61,7 +61,8 @@ def gemma(workbook_home, tmp_path_factory):
 def directions(gemma):
     ids = [gemma.tokenizer(" " + word, add_special_tokens=False)["input_ids"][-1] for word in tiny_model.words()]
     x = gemma.residual(torch.tensor([[gemma.bos_id, number] for number in ids]))[:, 1].float()
-    return torch.stack([x[[word[0] == letter for word in tiny_model.words()]].mean(0) for letter in ANSWERS]) - x.mean(0)
+    first = [word[0] for word in tiny_model.words()]
+    return torch.stack([x[[one == letter for one in first]].mean(0) for letter in ANSWERS]) - x.mean(0)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_data_that_are_not_there_are_named(gemma, directions, folder, tmp_path, 
         unlearning(sae, gemma, "smoke", folder=str(tmp_path / "data"))
     (tmp_path / "data/human_aging.jsonl").unlink()
     monkeypatch.setattr("datasets.load_dataset", lambda *_a, **_o: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(ParameterError, match="no human_aging.jsonl there, and the hub did not give cais/mmlu human_aging"):
+    with pytest.raises(ParameterError, match="no human_aging.jsonl there, and the hub did not give cais/mmlu"):
         unlearning(sae, gemma, "smoke", folder=str(tmp_path / "data"))
 
 
