@@ -49,7 +49,8 @@ def no_figure(report: dict[str, Any]) -> str | None:
     """
     if "reason" in report:
         return f"{report['status']}: {report['reason']}"
-    return f"failed: {report['note']}" if report.get("note") and not report.get("metrics") else None
+    figures = report.get("metrics") or report.get("not_a_result")
+    return f"failed: {report['note']}" if report.get("note") and not figures else None
 
 
 def forget(run: runs.Run, asked: list[str]) -> None:

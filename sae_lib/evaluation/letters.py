@@ -73,8 +73,10 @@ def evaluate(p: params.Letters) -> Letters:
             runs.write_json(folder / "absorption.json", faults.failed("absorption", fault, {
                 "preset": p.absorption_preset, "model": p.model or asked.model, "hook": hook_of(p.layer, asked)}))
         elif report:
-            verdict = validity.judge(run.json("training.json"), run.json("evals/core.json"), asked.role, report,
-                                     validity.further(run))
+            # What else failed is no reason to set these figures apart in their files; the run's verdict will say it.
+            others = {"core": run.json("evals/core.json")} | validity.further(run)
+            sound = {name: one for name, one in others.items() if not faults.reason(one)}
+            verdict = validity.judge(run.json("training.json"), sound.pop("core", None), asked.role, report, sound)
             report, letters, words = marked(report, letters, words, verdict)
             for name, frame in (("letters", letters), ("words", words)):
                 with runs.whole(folder / f"absorption_{name}.parquet") as temporary:

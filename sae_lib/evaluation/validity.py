@@ -157,7 +157,8 @@ def further(run: runs.Run) -> dict[str, dict[str, Any]]:
 def _of_another_sae(run: runs.Run) -> list[str]:
     """Reports whose hash of the SAE's weights is not that of the run's."""
     stamps = {name: (run.json(f"evals/{name}.json") or {}).get("sae_sha256") for name in faults.NAMES}
-    own = runs.sha256(run.path / WEIGHTS) if any(stamps.values()) else None
+    weights = run.path / WEIGHTS
+    own = runs.sha256(weights) if any(stamps.values()) and weights.exists() else None
     return [f"evals/{name}.json is of another SAE than the run's" for name, stamp in stamps.items()
             if stamp and stamp != own]
 
