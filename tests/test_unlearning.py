@@ -49,6 +49,12 @@ def folder(tmp_path_factory):
     return str(made_here)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own: which questions a model knows is kept by its weights, which the rig does not touch."""
+    monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def gemma(workbook_home, tmp_path_factory):
     """The tiny Gemma-2 in a folder with the name of the tuned model."""
@@ -69,6 +75,8 @@ def directions(gemma):
 def knowing(gemma, directions, monkeypatch):
     """The model answers with the choice whose word has most of b's or h's direction in the stream at the hook."""
     real, seen = bench.to_hooked, {}
+    biology, other = torch.nn.functional.normalize(directions, dim=1)
+    read_along = torch.stack([biology, other - (other @ biology) * biology])  # what is clamped along one moves no other
     words = torch.tensor([gemma.tokenizer(" " + word, add_special_tokens=False)["input_ids"][-1]
                           for word in tiny_model.words()])
     letters = torch.tensor([gemma.tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"])
@@ -82,7 +90,7 @@ def knowing(gemma, directions, monkeypatch):
             for row, tokens in enumerate(seen["tokens"]):
                 places = torch.nonzero(torch.isin(tokens, words))[-4:, 0]
                 if len(places) == 4:
-                    read = (seen["stream"][row, places].float() @ directions.T).amax(1)
+                    read = (seen["stream"][row, places].float() @ read_along.T).amax(1)
                     logits[row, :, letters] = 100.0 * torch.nn.functional.one_hot(read.argmax(), 4).to(logits)
             return logits
         model.unembed.register_forward_hook(answer)
