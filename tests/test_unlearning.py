@@ -99,7 +99,7 @@ def knowing(gemma, directions, monkeypatch):
 
 
 def test_a_planted_latent_is_unlearnt_and_another_is_not(gemma, directions, knowing, folder):
-    planted = made(directions, 0.4)
+    planted = made(directions, 4.0)  # between a letter's own words, at 6, and the others, at 0 +- 1
     report = unlearning(planted, gemma, "smoke", folder=folder)
     assert "status" not in report and report["metrics"]["unlearning_score"] > 0.7
     assert report["config"]["questions"] == dict.fromkeys(("wmdp-bio", *SUBJECTS), (QUESTIONS, QUESTIONS))
