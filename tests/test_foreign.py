@@ -356,8 +356,8 @@ def test_02_trains_on_them_and_03_asks_for_text(outside, tiny_store):
     trained = trainer.train(p, activations.source(p), runs.start(p))
     assert trained.report["model_identity"].startswith("tiny-gemma2") and trained.report["explained_variance"] > 0.3
     asked = params.check("eval", {"run": "outside/rows", "eval_preset": "smoke", "device": "cpu", "threads": 1})
-    with pytest.raises(ParameterError, match="names no heldout_texts"):
-        evaluate.evaluate(asked)
+    assert "names no heldout_texts" in evaluate.evaluate(asked)["core"]["reason"]
+    assert runs.Run("outside/rows").json("validity.json")["status"] == "failed"
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in tiny_store.heldout_texts()))
     change(folder / "manifest.json", heldout_texts="texts.jsonl")
     evaluate.evaluate(asked)

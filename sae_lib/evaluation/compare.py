@@ -164,7 +164,7 @@ def _over_training(name: str) -> tuple[dict[str, Any], ...]:
     """What a run's evaluations say of the SAEs kept in training; nothing where it cannot be drawn."""
     try:
         held = [runs.Run(name).json(f"evals/{file}.json") for file in ("over_training", "absorption_over_training")]
-        found = tuple(report for report in held if report)
+        found = tuple(report for report in held if report and "points" in report)
         wanted = {"samples", "status", "not_a_result", "metrics", "interval"}
         return found if all(wanted <= set(point) for report in found for point in report["points"]) else ()
     except (runs.RunError, params.ParameterError, KeyError, TypeError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from sae_lib import params, runs
-from sae_lib.evaluation import foreign_run, nulls, validity
+from sae_lib.evaluation import faults, foreign_run, nulls, validity
+from sae_lib.evaluation.reported import settings
 
 
 def trained(run: runs.Run) -> params.Train:
@@ -21,7 +23,8 @@ def hook_of(layer: int | None, asked: params.Train) -> str:
 def evaluate(p: params.Evaluate) -> dict[str, Any]:
     """Run ``p.evals`` on the run's SAE on held-out text; write evals/*.json and validity.json; return them by name.
 
-    Each result is written as it is there: what a later evaluation fails on does not cost the earlier ones.
+    Each result is written as it is there. One that fails is a report of status ``failed`` with its reason, the others
+    still run, and the verdict is ``failed``; ``faults.insist`` then raises. What stops all of them is raised at once.
 
     With ``p.compression_ratios`` the SAE is measured with those shares of its latents too (``evaluation.compression``).
 
@@ -36,27 +39,39 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
     run = foreign_run.bring_in(p) if p.sae else runs.Run(p.run)
     with run.stage("03_eval"):
         asked = trained(run)
+        (run.path / "evals/done.json").unlink(missing_ok=True)
+        faults.forget(run, p.evals + ["compression"] * bool(p.compression_ratios))
         verdict, results = validity.update(run), {}
         if run.json("training.json")["nonfinite"]:
             print(f"not evaluated: {'; '.join(verdict.reasons)}")
         else:
-            sae, model = _loaded(p, run, asked)
-            for name in EVALS:
-                if name in p.evals:
-                    results[name] = EVALS[name](p, asked, sae, model)
-                    runs.write_json(run.path / f"evals/{name}.json", results[name])
-            results["nulls"] = nulls.of_evaluations(p, run, asked, sae, results,
-                                                    lambda name, null: EVALS[name](p, asked, null, model))
-            if p.compression_ratios:
-                results["compression"] = _compression(p, run, asked, sae, model)
-                runs.write_json(run.path / "evals/compression.json", results["compression"])
-            if p.over_training and run.json("training.json").get("snapshots"):
-                results["over_training"] = _over_training(p, run, asked, model)
-                runs.write_json(run.path / "evals/over_training.json", results["over_training"])
+            results = _measured(p, run, asked)
         verdict = validity.update(run)
-        runs.write_json(run.path / "evals" / "done.json", {"evals": sorted({*results} - {"nulls"}),
-                                                              "status": verdict.status})
+        if not any(map(faults.reason, results.values())):
+            runs.write_json(run.path / "evals" / "done.json", {"evals": sorted({*results} - {"nulls"}),
+                                                               "status": verdict.status})
     return results
+
+
+def _measured(p: params.Evaluate, run: runs.Run, asked: params.Train) -> dict[str, Any]:
+    """The report of every evaluation that ``p`` asks for, failed ones among them; each is written."""
+    measures = {name: functools.partial(measure, p, asked) for name, measure in EVALS.items() if name in p.evals}
+    if p.compression_ratios:
+        measures["compression"] = functools.partial(_compression, p, run, asked)
+    if p.over_training and run.json("training.json").get("snapshots"):
+        measures["over_training"] = functools.partial(_over_training, p, run, asked)
+    config = {"preset": p.eval_preset, "model": p.model or asked.model, "hook": hook_of(p.layer, asked)}
+    try:
+        sae, model = _loaded(p, run, asked)
+        stamp = runs.sha256(run.path / validity.WEIGHTS)
+    except Exception as error:
+        for name in measures:
+            runs.write_json(run.path / f"evals/{name}.json", faults.failed(name, error, config))
+        raise
+    found = {name: faults.attempt(run, name, lambda measure=measure: measure(sae, model) | {"sae_sha256": stamp},
+                                  config) for name, measure in measures.items()}
+    return found | {"nulls": nulls.of_evaluations(p, run, asked, sae, found, lambda name, null: EVALS[name](
+        p, asked, null, model))}
 
 
 def _loaded(p: params.Evaluate, run: runs.Run, asked: params.Train):
@@ -67,7 +82,8 @@ def _loaded(p: params.Evaluate, run: runs.Run, asked: params.Train):
     site = hook_of(p.layer, asked)
     if p.evals == ["truth"] and not p.compression_ratios:
         return load_sae(run.path / "sae"), None
-    model = language_model.load(p.model or asked.model, hook=site, dtype="float32", device=p.device, whole=True)
+    model = language_model.load(p.model or asked.model, hook=site, dtype=settings.dtype(p.eval_preset),
+                                device=p.device, whole=True)
     return load_sae(run.path / "sae").to(model.device), model
 
 
@@ -100,7 +116,8 @@ def _tpp(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
 def _unlearning(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
     from sae_lib.evaluation.saebench.unlearning import unlearning
 
-    return unlearning(model.name, hook=model.hook, identity=model.identity, d_sae=sae.d_sae)
+    return unlearning(sae, model, p.eval_preset, folder=p.unlearning_data, threads=p.threads,
+                      declared=p.model not in (None, asked.model))
 
 
 def _truth(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
@@ -120,7 +137,7 @@ def _compression(p: params.Evaluate, run: runs.Run, asked: params.Train, sae, mo
     return compression.compression(p, run, asked, sae, model)
 
 
-def _over_training(p: params.Evaluate, run: runs.Run, asked: params.Train, model) -> dict[str, Any]:
+def _over_training(p: params.Evaluate, run: runs.Run, asked: params.Train, sae, model) -> dict[str, Any]:
     from sae_lib.evaluation import compression, over_training
 
     return compression.marked(over_training.quality(p, run, asked, model), validity.update(run))

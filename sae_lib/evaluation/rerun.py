@@ -10,8 +10,8 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lib import runs
@@ -98,7 +98,8 @@ class Rerun:
         """Keep what was computed for the next SAE, unless it is too large."""
         if self._file and self._kept and self._fresh:
             with runs.whole(self._file) as temporary:
-                save_file({key: stream.contiguous() for key, stream in self._kept.items()}, temporary)
+                save_file({key: stream.contiguous() for key, stream in self._kept.items()}, temporary,
+                          {"made_for": self._file.stem})
 
     def _read_batch(self, tokens: Tensor) -> str:
         self.tokens = tokens
@@ -126,7 +127,10 @@ def _read(file: Path | None) -> dict[str, Tensor]:
     if file is None or not file.exists():
         return {}
     try:
-        return load_file(file)
+        with safe_open(file, "pt") as handle:
+            if (handle.metadata() or {}).get("made_for") != file.stem:
+                return {}  # another evaluation's
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return {}  # damaged: computed again and replaced
 

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from sae_lib import params, runs
-from sae_lib.evaluation import contrasts
+from sae_lib.evaluation import contrasts, faults
 from sae_lib.metrics import METRICS
 
 TRAINING = ("explained_variance", "mse", "l0", "dead_share", "idle_share", "unused_share", "mean_cos2", "norm_ratio")
@@ -22,10 +22,14 @@ CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossi
 LETTERS = ("mean_full_absorption_score", "mean_absorption_fraction_score", "mean_num_split_features")
 FURTHER = {"sparse_probing": ("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "llm_test_accuracy"),
            "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",),
+           "unlearning": ("unlearning_score",),
            "truth": ("mcc", "recovered", "true_absorption", "true_absorption_of_parent", "saebench_full_absorption",
                      "saebench_full_absorption_with_child", "saebench_absorption_fraction")}
 """Of each of the other evaluations, the figures that a table shows."""
 FIGURES = TRAINING + CORE + LETTERS + tuple(name for names in FURTHER.values() for name in names if name in METRICS)
+EVALUATION = dict.fromkeys(CORE, "core") | dict.fromkeys(LETTERS, "absorption") | {
+    name: evaluation for evaluation, names in FURTHER.items() for name in names}
+"""The evaluation that a figure is of; training's are of none."""
 L0_TOLERANCE = 0.1
 NUMBERS, LARGEST = ("seed", "samples", "seconds", "d_sae", "k"), 1e300
 STATES = ("valid", "invalid", "failed", "null")
@@ -72,7 +76,11 @@ def _read(run: runs.Run) -> dict[str, Any]:
         raise runs.RunError(f"validity.json: status '{row['status']}' is none of {', '.join(STATES)}")
     if row["status"] == "valid" and not t:
         raise runs.RunError("no training.json: run 02_train_variant again")
-    if core and "core" not in verdict.get("checked", ["core"]):
+    gone = [name for name in verdict.get("checked", ()) if name in faults.NAMES and not run.json(f"evals/{name}.json")]
+    if gone:
+        raise runs.RunError(f"the verdict has seen {', '.join(gone)}, but there is no evals/{gone[0]}.json: run its "
+                            "notebook again")
+    if core.get("metrics") and "core" not in verdict.get("checked", ["core"]):
         raise runs.RunError("the verdict has not seen evals/core.json (03 was cut): run 03_eval again")
     row |= {key: values.get(key) for key in ("role", "model", "seed", "architecture", "d_sae", "k")}
     row |= {"hook": t.get("hook"), "samples": t.get("samples")}
@@ -90,6 +98,9 @@ def _read(run: runs.Run) -> dict[str, Any]:
         row |= {name: value for name, value in report.get("metrics", {}).items() if name in FIGURES}
         row |= _within(report, FURTHER[evaluation])
         row[evaluation] = report.get("config", {}).get("comparable")
+    reports = {name: run.json(f"evals/{name}.json") for name in faults.NAMES}
+    row |= {f"no_figure/{name}": why for name, report in reports.items()
+            if report and (why := faults.no_figure(report))}
     row["evaluation"] = core.get("config", {}).get("comparable")
     row["sae_bench"] = core.get("provenance", {}).get("packages", {}).get("sae-bench")
     row["stale"] = t.get("provenance", {}).get("library") != runs.library_digest()
@@ -129,7 +140,7 @@ def masked(table: pd.DataFrame) -> pd.DataFrame:
 KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
        "evaluation": "evaluation", "letters": "absorption's evaluation",
        "sparse_probing": "sparse probing's evaluation", "scr": "SCR's evaluation", "tpp": "TPP's evaluation",
-       "truth": "the planted truth",
+       "unlearning": "unlearning's evaluation", "truth": "the planted truth",
        "sae_bench": "sae-bench version"}
 
 

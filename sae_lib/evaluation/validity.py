@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sae_lib import runs
+from sae_lib.evaluation import faults
 from sae_lib.metrics import METRICS
 from sae_lib.training.terms import INERT
 
@@ -18,6 +19,7 @@ BESIDE_NULLS = {"core": ("explained_variance", "ce_loss_score"), "sparse_probing
                 "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",),
                 "absorption": ("mean_full_absorption_score", "mean_absorption_fraction_score")}
 """Of each evaluation, the figures that a trained SAE should have better than a null baseline."""
+WEIGHTS = "sae/sae_weights.safetensors"
 DEAD_LIMIT, EMPTY_L0, FOLD_LIMIT, NORM_RATIO = 0.9, 0.1, 1e-4, (0.2, 2.0)
 
 
@@ -25,7 +27,7 @@ class Verdict(NamedTuple):
     """What validity.json holds, beside its provenance."""
 
     status: str
-    """valid, invalid, null (a baseline, exempt) or failed (a fault; written by the stage that broke)."""
+    """valid, invalid, null (a baseline, exempt) or failed (a fault of a stage or of one evaluation)."""
     reasons: list[str]
     """Why it is not valid, in words."""
     flags: list[str]
@@ -41,19 +43,27 @@ def judge(training: dict[str, Any], core: dict[str, Any] | None = None, role: st
 
     Of ``further`` evaluations, by name, it is asked only that they are of the trained SAE and its model and layer.
     A null baseline (``role: null``) is exempt: what the rules find is said as flags. Of a valid run it is flagged
-    which figures are not better than those of ``nulls`` (``evaluation.nulls``).
+    which figures are not better than those of ``nulls`` (``evaluation.nulls``). An evaluation that failed makes any
+    run ``failed``.
     """
+    every = {"core": core, "absorption": absorption} | (further or {})
+    broken = {name: why for name, report in every.items() if (why := faults.reason(report))}
+    core, absorption = (None if name in broken else every[name] for name in ("core", "absorption"))
+    further = {name: report for name, report in (further or {}).items() if name not in broken}
     reasons = _training_faults(training)
     if core is not None:
         reasons += _core_faults(training, core)
     if absorption is not None:
         reasons += [text for text in _absorption_faults(training, absorption) if text not in reasons]
-    for report in (further or {}).values():
+    for report in further.values():
         reasons += [text for text in _other_than_trained(training, report["config"]) if text not in reasons]
-    noted = {"absorption": absorption or {}} | (further or {})
+    noted = {"absorption": absorption or {}} | further
     flags = _flags(training) + [f"{name}: {report['note']}" for name, report in noted.items() if report.get("note")]
     checked = ["training"] + ["core"] * (core is not None) + ["absorption"] * (absorption is not None)
-    checked += [name for name, report in (further or {}).items() if "status" not in report]
+    checked += [name for name, report in further.items() if "status" not in report]
+    if broken:
+        failures = [f"{name}: {why}" for name, why in broken.items()]
+        return Verdict("failed", failures + reasons, flags, checked)
     if role == "null":
         return Verdict("null", [], [f"null baseline: {text}" for text in reasons] + flags, checked)
     if not reasons:
@@ -108,6 +118,9 @@ def _core_faults(t: dict[str, Any], core: dict[str, Any]) -> list[str]:
         faults.append(f"cross-entropy recovered {recovered:.3f} is not above 0, what removing the activation scores")
     if metrics.get("l0") is not None and metrics["l0"] < EMPTY_L0 <= (t["l0"] or 0):
         faults.append(f"mean L0 is {metrics['l0']:.2g} in SAEBench core")
+    unfit = [name for name, value in metrics.items() if value is None and name != "ce_loss_score"]
+    if unfit and not faults:
+        faults.append(f"not finite: SAEBench core's {', '.join(unfit)}")
     return faults + _other_than_trained(t, config)
 
 
@@ -121,7 +134,7 @@ def _absorption_faults(t: dict[str, Any], absorption: dict[str, Any]) -> list[st
 def _other_than_trained(t: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return [f"evaluated {what} '{config.get(key)}' is not the trained one '{t.get(key)}'"
             for key, what in (("model_identity", "model"), ("hook", "hook"), ("d_sae", "width"))
-            if config.get(key) != t.get(key)]
+            if config.get(key) != t.get(key) and not (key == "model_identity" and config.get("declared_model"))]
 
 
 def _not_better(reports: dict[str, dict[str, Any]], nulls: dict[str, dict[str, Any]]) -> list[str]:
@@ -168,9 +181,18 @@ def _flags(t: dict[str, Any]) -> list[str]:
 
 
 def further(run: runs.Run) -> dict[str, dict[str, Any]]:
-    """A run's reports of SAEBench's other evaluations, by name, as far as they are there."""
-    found = {name: run.json(f"evals/{name}.json") for name in FURTHER}
-    return {name: report for name, report in found.items() if report}
+    """A run's reports of SAEBench's other evaluations, by name, as far as they are there; others' where they failed."""
+    found = {name: run.json(f"evals/{name}.json") for name in (*FURTHER, "compression", "over_training")}
+    return {name: report for name, report in found.items() if report and (name in FURTHER or faults.reason(report))}
+
+
+def _of_another_sae(run: runs.Run) -> list[str]:
+    """Reports whose hash of the SAE's weights is not that of the run's."""
+    stamps = {name: (run.json(f"evals/{name}.json") or {}).get("sae_sha256") for name in faults.NAMES}
+    weights = run.path / WEIGHTS
+    own = runs.sha256(weights) if any(stamps.values()) and weights.exists() else None
+    return [f"evals/{name}.json is of another SAE than the run's" for name, stamp in stamps.items()
+            if stamp and stamp != own]
 
 
 def null_baselines(run: runs.Run) -> dict[str, dict[str, Any]]:
@@ -191,9 +213,12 @@ def update(run: runs.Run) -> Verdict:
     measured = run.json("evals/core.json"), run.json("evals/absorption.json")
     try:
         verdict = judge(training, measured[0], role, measured[1], further(run), null_baselines(run))
+        mixed = _of_another_sae(run)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise runs.RunError(f"{run.path}: training.json, evals/core.json, evals/absorption.json or that of another "
                             f"evaluation or of nulls is damaged ({error!r}); run their notebooks again") from None
+    if mixed:
+        verdict = verdict._replace(status="failed", reasons=mixed + verdict.reasons)
     runs.write_json(run.path / "validity.json", {**verdict._asdict(), "role": role, "provenance": runs.provenance()})
     return verdict
 

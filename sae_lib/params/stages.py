@@ -206,8 +206,8 @@ class Evaluate(Common):
 
     evals: list[Literal["core", "sparse_probing", "scr", "tpp", "unlearning", "truth"]] = Field(["core"], min_length=1)
     """SAEBench evaluations to run: core, sparse_probing, scr, tpp, unlearning; truth is for a planted world."""
-    eval_preset: Literal["smoke", "default", "paper"] = "default"
-    """How much text: smoke, default, or paper (SAEBench's own amounts)."""
+    eval_preset: Literal["smoke", "default", "paper", "reported_000", "reported_001"] = "default"
+    """How much: smoke, default, paper (SAEBench's own), or what study 1 or 2 reported: reported_000, reported_001."""
     nulls: list[Null] = ["random", "untrained", "pca", "residual"]
     """Null baselines that every evaluation is run on too, once for all SAEs of a shape; empty runs none."""
     compression_ratios: list[float] = []
@@ -222,6 +222,8 @@ class Evaluate(Common):
     """Folder of an SAE made elsewhere (SAELens, dictionary_learning, sparsify); None takes the run's own."""
     activations: str = "auto"
     """With `sae`: the store whose held-out part it is measured on; auto finds the one of the model and layer."""
+    unlearning_data: str | None = None
+    """Folder with unlearning's bio-forget-corpus.jsonl, which is gated, and what else is not to come from the hub."""
 
     @field_validator("compression_ratios")
     @classmethod

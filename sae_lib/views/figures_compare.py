@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sae_lib.evaluation.results import EVALUATION
 from sae_lib.metrics import METRICS
 from sae_lib.views.template import GREY, GREY_INK, dress, mark, smaller, style, value_within
 
@@ -167,14 +168,15 @@ def comparison_table(table: pd.DataFrame, caption: str = "", nulls: pd.DataFrame
     """
     table = pd.concat([table[main(table)], table[~main(table)]])
     measured = (table.status == "valid") | (table.status == "null")
-    columns = [name for name in TABLE if name in table and table[name].notna().any()]
+    columns = [name for name in TABLE if name in table and (table[name].notna() | (instead(table, name) != "")).any()]
     names, valid = labels(table), main(table)
     head = ["run", "verdict", *(METRICS[name].heading for name in columns)]
     runs = [_wrapped(names[run].replace("_", "_ "), 22).replace("_ ", "_") for run in table.run]
     said = [_wrapped("valid" if ok else why(row), 31) + (f"<br><i>{_wrapped(row.flags, 31)}</i>" if row.flags else "")
             for row, ok in zip(table.itertuples(), valid)]
     cells = [runs, said]
-    figures = [[smaller(cell or "–") for cell in _cells(table[name].where(measured), table)] for name in columns]
+    figures = [[smaller(cell or word or "–") for cell, word in zip(_cells(table[name].where(measured), table),
+                                                                    instead(table, name))] for name in columns]
     cells += figures
     inks = ["#111111" if ok else GREY_INK for ok in valid]
     for row in () if nulls is None else nulls.to_dict("records"):
@@ -195,20 +197,30 @@ def comparison_table(table: pd.DataFrame, caption: str = "", nulls: pd.DataFrame
                  height=70 + 110 + sum(heights) + 100, top=70, side=30)
 
 
+def instead(table: pd.DataFrame, metric: str) -> pd.Series:
+    """For each run the word that stands for a metric its evaluation did not give (``failed``); empty for others."""
+    why = table.get(f"no_figure/{EVALUATION.get(metric)}", pd.Series("", table.index))
+    return why.fillna("").str.partition(":")[0]
+
+
 def readable(table: pd.DataFrame, nulls: pd.DataFrame | None = None) -> pd.DataFrame:
     """The table for the page: verdicts, then every metric with its direction; no figures of runs not valid.
 
-    Below a figure, its interval "within this SAE", where its evaluation drew one. Rows of ``nulls``
-    (``null_table.collect``) come last; their verdict is ``null``.
+    Below a figure, its interval "within this SAE", where its evaluation drew one; a word where the evaluation failed.
+    Rows of ``nulls`` (``null_table.collect``) come last; their verdict is ``null``.
     """
     shown = table[["run", "status", "reasons", "flags"]].rename(columns={"status": "verdict"})
     of_nulls = pd.DataFrame() if nulls is None or nulls.empty else pd.DataFrame(
         {"run": nulls.run, "verdict": "null", "reasons": nulls.without, "flags": ""})
     for name, metric in METRICS.items():
-        if name in table and table[name].notna().any():
-            shown[metric.called] = _cells(table[name].where(table.status.isin(("valid", "null"))), table)
+        words = instead(table, name)
+        if name in table and (table[name].notna() | (words != "")).any():
+            cells = _cells(table[name].where(table.status.isin(("valid", "null"))), table)
+            shown[metric.called] = [word or cell for word, cell in zip(words, cells)]
             if len(of_nulls) and name in nulls:
                 of_nulls[metric.called] = nulls[name].map(lambda value: "" if pd.isna(value) else f"{value:.4g}")
+    for name in (column for column in table if column.startswith("no_figure/")):
+        shown[f"no {name.removeprefix('no_figure/')}"] = table[name].fillna("")
     shown["library"] = ["another" if row.get("stale") is True else "" for _, row in table.iterrows()]
     return pd.concat([shown, of_nulls.assign(library="")], ignore_index=True) if len(of_nulls) else shown
 

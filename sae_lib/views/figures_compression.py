@@ -49,8 +49,8 @@ def of_study(comparison, caption: str = "") -> dict[str, go.Figure]:
 
 
 def of_run(label: str, report: dict[str, Any], caption: str = "") -> dict[str, go.Figure]:
-    """The figures of 03's page by name, for the content of evals/compression.json; none for an empty one."""
-    return all_figures([Kept(label, report, {}, {})] if report else [], caption)
+    """The figures of 03's page by name, for the content of evals/compression.json; none for an empty or failed one."""
+    return all_figures([Kept(label, report, {}, {})] if "curve" in report else [], caption)
 
 
 def all_figures(runs: list[Kept], caption: str = "") -> dict[str, go.Figure]:

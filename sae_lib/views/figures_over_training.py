@@ -52,8 +52,8 @@ class Course(NamedTuple):
 
 
 def of_run(label: str, report: dict[str, Any], caption: str = "") -> dict[str, go.Figure]:
-    """The figure of 03's or 04's page by name, for the content of its file; none for an empty one."""
-    if not report:
+    """The figure of 03's or 04's page by name, for the content of its file; none for an empty or failed one."""
+    if "points" not in report:
         return {}
     letters = report["eval"] == "absorption over training"
     text = f"{caption}; {WITHIN}: one training, no claim about the variant"

@@ -17,9 +17,11 @@ READING = {
                       "channel or latent, `top k`: on the best k",
     "scr": "Share of the accuracy lost to a spurious label that comes back with the best n latents for it ablated; 1 "
            "is all, below 0 harms. Later work holds it, and TPP, unfit to rank SAEs",
+    "unlearning": "Share of the biology questions known that are no longer answered, at the best of a sweep that keeps "
+                  "0.99 of other subjects'; more settings raise it",
     "tpp": "Accuracy lost by a class' own probe less that lost by the others', with the class' best n latents ablated"}
 HEADLINE = {"sparse_probing": "sae_top_1_test_accuracy", "scr": "scr_metric_threshold_20",
-            "tpp": "tpp_threshold_20_total_metric"}
+            "tpp": "tpp_threshold_20_total_metric", "unlearning": "unlearning_score"}
 """Of each evaluation, the metric whose direction is the table's."""
 
 
@@ -64,6 +66,8 @@ def _row(name: str, detail: dict[str, Any], within: dict[str, list[float]] | Non
     if name == "sparse_probing":
         keys = {f"{kind}, {f'top {k}' if k else 'all'}": f"{kind.lower()}_{f'top_{k}_' if k else ''}test_accuracy"
                 for kind in ("LLM", "SAE") for k in (0, 1, 2, 5)}
+    elif name == "unlearning":
+        keys = {METRICS["unlearning_score"].label: "unlearning_score"}
     else:
         keys = {f"n = {key.split('_threshold_')[1].split('_')[0]}": key for key in detail
                 if key.startswith("scr_metric") or (name == "tpp" and key.endswith("_total_metric"))}

@@ -20,6 +20,7 @@ import torch
 
 from sae_lib import runs
 from sae_lib.data.language_model import import_transformers
+from sae_lib.evaluation.saebench import checking
 from sae_lib.evaluation.saebench.adapter import in_place, quiet, seeded, wrap
 from sae_lib.evaluation.saebench.letter_words import FEWEST_LETTERS, POSITION, TEMPLATE, Material, WordModel
 from sae_lib.params import ParameterError
@@ -41,6 +42,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {"smoke": Preset(3, 20), "default": Preset(10, 50), "paper": Preset(10, 50)}
+MEANS = ["mean_full_absorption_score", "mean_absorption_fraction_score", "mean_num_split_features"]
 SPARSE_BATCH, FEWEST_BATCHES = 4096, 10
 """SAEBench's batch of words for the sparse probes, and the fewest batches of an epoch."""
 
@@ -103,11 +105,35 @@ def absorption(sae, material: Material, tokenizer, bos_id: int, load, *, model: 
         raise RunError("SAEBench absorption gave no result; it said: " + (" | ".join(lines[-5:]) or "nothing"))
     details = {} if raw is None else {row["first_letter"]: row for row in raw["eval_result_details"]}
     letters = _letters(details, probed, absorbed, material)
+    _complete(letters, probed, absorbed, material)
     kept = int((probed.f1_probe > PROBE_F1).sum())
     note = None if raw else f"{kept} letters have a probe of F1 above {PROBE_F1}; SAEBench wants {FEWEST_LETTERS}"
-    metrics = None if raw is None else {name: value for name, value in raw["eval_result_metrics"]["mean"].items()
-                                        if name.startswith("mean_")}
+    metrics = None
+    if raw is not None:
+        checking.configuration("absorption", raw, checking.asked(config))
+        metrics = checking.figures("absorption", {name: value for name, value in
+                                                  raw["eval_result_metrics"]["mean"].items() if "mean_" in name}, MEANS)
     return Absorption(metrics, note, letters, _words(absorbed), raw)
+
+
+def _complete(letters: pd.DataFrame, probed: pd.DataFrame, absorbed: pd.DataFrame | None, material: Material) -> None:
+    """Raise RunError for letters that should have a result and have none, or a result that is no number.
+
+    SAEBench leaves a letter out where its probe is too weak or knows none of the test words; never else.
+    """
+    unprobed = sorted(set(material.letters) - set(probed.letter))
+    lost, x, numbers = [], material.x[material.train:], material.labels[material.train:]
+    if absorbed is not None:
+        own = (x @ material.weight.T + material.bias)[range(len(x)), numbers] > 0
+        positive = {material.letters[number] for number, found in zip(numbers, own) if found}
+        good = set(probed.letter[probed.f1_probe > PROBE_F1])
+        lost = sorted((positive & good) - set(letters.letter[letters.kept]))
+        unfit = [row.letter for row in letters[letters.kept].itertuples()
+                 if pd.isna([row.full_absorption, row.absorption_fraction, row.splits]).any()]
+        lost += unfit
+    if unprobed or lost:
+        raise RunError(f"SAEBench absorption gave no result for the letters {', '.join(unprobed + lost)}, which have "
+                       "words enough")
 
 
 def _run(wrapped, model: WordModel, material: Material, config, seed: int, device: str):

@@ -23,7 +23,9 @@ from torch import Tensor
 from sae_lib import metrics, runs
 from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.rerun import Rerun, file_of
+from sae_lib.evaluation.saebench import checking
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
 from sae_lib.evaluation.saebench.core_blocks import Blocks
 from sae_lib.evaluation.sharing import all_cores, alone
@@ -67,9 +69,11 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     Raises ParameterError for what cannot be evaluated, RunError with SAEBench's own words when it gives no result.
     """
     start = time.perf_counter()
-    _check(sae, lm, preset, context)
+    known = {name: (own, context) for name, own in PRESETS.items()}
+    asked, context = reported.chosen(preset, known, "core", lm, _reported)
+    _check(sae, lm, context)
     import_transformers()
-    blocks, asked = _blocks(lm, texts, PRESETS[preset], context), PRESETS[preset]
+    blocks = _blocks(lm, texts, asked, context)
     batches, available = fit(asked, len(blocks), context), len(blocks)
     blocks = blocks[:batches.blocks]
     file, hooked = file_of(lm, blocks), to_hooked(lm)
@@ -101,6 +105,7 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     provenance = runs.provenance()
     config["comparable"] = digest([provenance["packages"]["sae-bench"],
                                    {key: value for key, value in config.items() if key != "d_sae"}])
+    config["not_as_reported"] = reported.differences(preset, "core", raw)
     seconds = time.perf_counter() - start
     report = {"eval": "core", "metrics": values, "config": config, "raw": raw, "provenance": provenance,
               "within_this_sae": wrapped.seen.blocks.within(), "seconds": round(seconds, 2),
@@ -126,9 +131,12 @@ def fit(asked: Batches, available: int, context: int) -> Batches:
     return Batches(reconstruction, min(asked.sparsity, total - reconstruction), rows)
 
 
-def _check(sae, lm, preset: str, context: int) -> None:
-    if preset not in PRESETS:
-        raise ParameterError(f"eval_preset: '{preset}' is not known; known are {', '.join(PRESETS)}")
+def _reported(settings: dict[str, Any]) -> tuple[Batches, int]:
+    return Batches(settings["n_eval_reconstruction_batches"], settings["n_eval_sparsity_variance_batches"],
+                   settings["batch_size_prompts"]), settings["context_size"]
+
+
+def _check(sae, lm, context: int) -> None:
     if not lm.whole:
         raise ParameterError(f"model: {lm.name} is loaded up to {lm.hook} only; core needs load(..., whole=True)")
     limit = lm.hf.config.max_position_embeddings
@@ -247,5 +255,9 @@ def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: i
         lines = [line for line in said.getvalue().splitlines() if line.strip()]
         raise RunError("SAEBench core gave no result; it said: " + (" | ".join(lines[-5:]) or "nothing"))
     raw = runs.read_json(files[0])
+    checking.configuration("core", raw, {
+        "n_eval_reconstruction_batches": batches.reconstruction, "n_eval_sparsity_variance_batches": batches.sparsity,
+        "batch_size_prompts": batches.rows, "context_size": context, "llm_dtype": wrapped.cfg.dtype,
+        "exclude_special_tokens_from_reconstruction": True})
     raw.pop("sae_bench_commit_hash", None)  # of the working directory, not of SAEBench
     return results[0], raw

@@ -202,7 +202,7 @@ def _compute(words: Words, tokenizer, bos_id: int, load, file: Path, d_model: in
                "prompts": torch.stack([*again.known.values()]) if again.known else torch.empty(0, d_model)}
     with runs.whole(file) as temporary:
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, temporary,
-                  {"about": json.dumps(about)})
+                  {"about": json.dumps(about), "made_for": file.stem})
 
 
 def _splits(words: Words) -> tuple[str, dict[str, str], list, list]:
@@ -241,10 +241,15 @@ def _read_again(model: WordModel, tokens: list[str], asked: list[list[str]], see
 
 
 def _read(file: Path) -> Material | None:
-    """The material of a file; None where there is none, or a damaged one, which is computed again and replaced."""
+    """The material of a file; None where there is none, or one that is damaged or was made for another name.
+
+    It is computed again then, and replaced.
+    """
     try:
         with safe_open(file, "pt") as handle:
-            about = json.loads((handle.metadata() or {})["about"])
+            if (handle.metadata() or {})["made_for"] != file.stem:
+                return None
+            about = json.loads(handle.metadata()["about"])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         prompts = dict(zip(about["prompts"], tensors["prompts"]))
         return Material(about["letters"], about["dropped"], about["words"], tensors["x"], tensors["labels"].tolist(),

@@ -27,6 +27,7 @@ from sae_lib.data.assets import AssetError
 from sae_lib.data.language_model import parse_hook
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.rerun import identity
+from sae_lib.evaluation.saebench import checking
 from sae_lib.evaluation.saebench.adapter import seeded
 from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.params import ParameterError, digest
@@ -135,10 +136,15 @@ class ModelSide:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """Tensors and JSON of a file; None where there is none, or a damaged one, which is computed again and replaced."""
+    """Tensors and JSON of a file; None where there is none, or one that is damaged or was made for another name.
+
+    It is computed again then, and replaced.
+    """
     try:
         with safe_open(file, "pt") as handle:
-            about = json.loads((handle.metadata() or {})["about"])
+            if (handle.metadata() or {})["made_for"] != file.stem:
+                return None
+            about = json.loads(handle.metadata()["about"])
             return {name: handle.get_tensor(name) for name in handle.keys()}, about  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
@@ -147,7 +153,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict] | None:
 def _write(file: Path, tensors: dict[str, Tensor], about: dict) -> None:
     with runs.whole(file) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary,
-                  {"about": json.dumps(about)})
+                  {"about": json.dumps(about), "made_for": file.stem})
 
 
 def sae_batch(d_sae: int, context: int) -> int:
@@ -160,12 +166,13 @@ def reseed(*parts: Any) -> None:
     torch.manual_seed(int(digest(list(parts), 12), 16))
 
 
-def run(name: str, call: Callable[[str], Any], seed: int) -> dict[str, Any]:
+def run(name: str, call: Callable[[str], Any], seed: int, config: Any, optional: bool = False) -> dict[str, Any] | None:
     """Run one of SAEBench's evaluations, ``call(folder)``, in an empty folder, and return the JSON that it wrote there.
 
-    Raises RunError with SAEBench's own words when it fails or writes none.
+    Raises RunError with SAEBench's own words when it fails or writes none, and where the JSON says another
+    configuration than ``config`` (SAEBench's). With ``optional`` no JSON at all gives None.
     """
-    said = io.StringIO()
+    said, wanted = io.StringIO(), checking.asked(config)
     with tempfile.TemporaryDirectory() as folder, seeded(seed):
         try:
             with (contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.chdir(folder)):
@@ -176,9 +183,12 @@ def run(name: str, call: Callable[[str], Any], seed: int) -> dict[str, Any]:
             hint = "; beartype 0.14.1 is needed" if "Beartype" in type(error).__name__ else ""
             raise RunError(f"SAEBench {name} failed: {type(error).__name__}: {error}{hint}{_words(said)}") from error
         files = sorted(Path(folder).rglob("*_eval_results.json"))
+        if not files and optional:
+            return None
         if not files:
             raise RunError(f"SAEBench {name} gave no result{_words(said)}")
         raw = runs.read_json(files[0])
+    checking.configuration(name, raw, wanted)
     raw.pop("sae_bench_commit_hash", None)  # of the working directory, not of SAEBench
     return raw
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from sae_lib.data import labelled
 from sae_lib.data.language_model import import_transformers
-from sae_lib.evaluation.saebench import model_side, per_text
+from sae_lib.evaluation.reported import settings as reported
+from sae_lib.evaluation.saebench import checking, model_side, per_text
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
 from sae_lib.evaluation.saebench.sparse_probing import data_of, described, finished, mean_l0
 from sae_lib.params import ParameterError
@@ -38,6 +39,8 @@ class Preset(NamedTuple):
     test: int
     context: int
     ablated: tuple[int, ...]
+    given: dict[str, Any] = {}
+    """Settings of SAEBench's own that a study reported; with them go SAEBench's own data."""
 
 
 PRESETS = {"smoke": Preset(160, 64, 32, (2, 20)), "default": Preset(800, 400, 64, (2, 5, 10, 20, 50)),
@@ -67,22 +70,27 @@ def tpp(sae, lm, preset: str = "default", **options) -> dict[str, Any]:
 def _evaluate(name: str, sae, lm, preset: str, *, seed: int = 42, threads: int = 0, mode: str = "batch",
               data: tuple[str, ...] | None = None, output_folder: Path | None = None) -> dict[str, Any]:
     start = time.perf_counter()
-    if preset not in PRESETS:
-        raise ParameterError(f"eval_preset: '{preset}' is not known; known are {', '.join(PRESETS)}")
+    asked = reported.chosen(preset, PRESETS, name, lm, _reported)
+    seed = asked.given.get("random_seed", seed)
     check_sae(sae, lm.name, lm.d_model)
     import_transformers()
-    asked, make = PRESETS[preset], labelled.crossed if name == "scr" else labelled.labelled
+    make = labelled.crossed if name == "scr" else labelled.labelled
     names = data or data_of(lm.name, preset, *DATA[name])
     sets = {one: make(one) for one in names or ()}
     with settings(threads):
         side = model_side.ModelSide(lm, asked.context, mode)
         work = Work(name, sae, lm, side, sets, asked, seed)
-        raw = model_side.run(name.upper(), work.call, seed)
-    metrics = {key: value for key, value in raw["eval_result_metrics"][f"{name}_metrics"].items() if value is not None}
-    report = described(name, lm, sae, side, {"preset": preset, **asked._asdict(), "seed": seed}, {
+        raw = model_side.run(name.upper(), work.call, seed, work.config)
+    checking.data_sets(name.upper(), raw, list(sets) or raw["eval_config"]["dataset_names"])
+    metrics = checking.figures(name.upper(), raw["eval_result_metrics"][f"{name}_metrics"], [
+        f"scr_metric_threshold_{n}" if name == "scr" else f"tpp_threshold_{n}_total_metric" for n in work.ablated])
+    config = {"preset": preset, "train": asked.train, "test": asked.test, "context": asked.context,
+              "ablated": asked.ablated, "seed": seed}
+    report = described(name, lm, sae, side, config, {
         one: found.about for one, found in sets.items()} or dict.fromkeys(
         raw["eval_config"]["dataset_names"], "SAEBench's own, of the hub"))
-    report["config"] |= {"texts": work.texts, "ablated": work.ablated}
+    report["config"] |= {"texts": work.texts, "ablated": work.ablated,
+                         "not_as_reported": reported.differences(preset, name, raw)}
     return finished(report, metrics, raw, sum(work.l0s) / len(work.l0s), start, output_folder,
                     per_text.within(work.parts()))
 
@@ -100,6 +108,11 @@ class Tests:
     asked: int = 0
 
 
+def _reported(settings: dict[str, Any]) -> Preset:
+    return Preset(settings["train_set_size"], settings["test_set_size"], settings["context_length"],
+                  tuple(settings["n_values"]), reported.given(settings, but=("n_values",)))
+
+
 class Work:
     """One run of SAEBench's code, with activations and the model's own probes from ``side``."""
 
@@ -114,19 +127,27 @@ class Work:
         self.tests: list[Tests] = []
         """Of each, which test texts its probes put in the right class."""
 
+        self.config = self._config()
+
+    def _config(self):
+        from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+
+        options = {"random_seed": self.seed, "perform_scr": self.name == "scr", "train_set_size": self.asked.train,
+                   "test_set_size": self.asked.test, "context_length": self.asked.context} | self.asked.given
+        if self.sets:
+            options["dataset_names"] = list(self.sets)
+        if self.sets and self.name == "scr":
+            options["column1_vals_lookup"] = {one: list(found.pairs) for one, found in self.sets.items()}
+        return ScrAndTppEvalConfig(
+            llm_batch_size=32, sae_batch_size=model_side.sae_batch(self.sae.d_sae, self.asked.context),
+            n_values=self.ablated, llm_dtype=str(self.lm.dtype).removeprefix("torch."), model_name=self.lm.name,
+            **options)
+
     def call(self, folder: str) -> None:
         """Run SAEBench's ``run_eval``, its data and model in place for its length."""
         from sae_bench.evals.scr_and_tpp import main
         from sae_bench.sae_bench_utils import dataset_info
 
-        options = {"dataset_names": list(self.sets)} if self.sets else {}
-        if self.sets and self.name == "scr":
-            options["column1_vals_lookup"] = {one: list(found.pairs) for one, found in self.sets.items()}
-        config = main.ScrAndTppEvalConfig(
-            random_seed=self.seed, perform_scr=self.name == "scr", train_set_size=self.asked.train,
-            test_set_size=self.asked.test, context_length=self.asked.context, llm_batch_size=32,
-            sae_batch_size=model_side.sae_batch(self.sae.d_sae, self.asked.context), n_values=self.ablated,
-            llm_dtype=str(self.lm.dtype).removeprefix("torch."), model_name=self.lm.name, **options)
         classes, columns, values = {}, {}, {}
         for one, found in self.sets.items():
             labels = found.rows.columns
@@ -148,7 +169,7 @@ class Work:
                        get_all_node_effects_for_one_sae=self._reseeded(main.get_all_node_effects_for_one_sae),
                        get_probe_test_accuracy=self._reseeded(main.get_probe_test_accuracy, self._tested),
                        HookedTransformer=SimpleNamespace(from_pretrained_no_processing=lambda *_a, **_o: None))):
-            main.run_eval(config, [("workbook", wrapped)], str(self.lm.device), folder, force_rerun=True,
+            main.run_eval(self.config, [("workbook", wrapped)], str(self.lm.device), folder, force_rerun=True,
                           save_activations=False)
 
     def _reseeded(self, function, around=None):

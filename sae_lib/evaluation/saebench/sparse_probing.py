@@ -17,9 +17,10 @@ import torch
 from sae_lib import params, runs
 from sae_lib.data import labelled
 from sae_lib.data.language_model import import_transformers
-from sae_lib.evaluation.saebench import model_side, per_text
+from sae_lib.evaluation.reported import settings as reported
+from sae_lib.evaluation.saebench import checking, model_side, per_text
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
-from sae_lib.params import ParameterError, digest
+from sae_lib.params import digest
 
 K_VALUES = (1, 2, 5)
 EMBEDDED, TINY = ("sentiment", "topics", "languages", "code"), ("tiny_letters",)
@@ -33,6 +34,9 @@ class Preset(NamedTuple):
     train: int
     test: int
     context: int
+    k_values: tuple[int, ...] = K_VALUES
+    given: dict[str, Any] = {}
+    """Settings of SAEBench's own that a study reported; with them go SAEBench's own data."""
 
 
 PRESETS = {"smoke": Preset(80, 40, 32), "default": Preset(400, 200, 64), "paper": Preset(4000, 1000, 128)}
@@ -45,7 +49,9 @@ def of_hub(model: str) -> bool:
 
 def data_of(model: str, preset: str, embedded: tuple[str, ...], tiny: tuple[str, ...]) -> tuple[str, ...] | None:
     """The embedded data sets that a model is evaluated on; None for SAEBench's own."""
-    return None if preset == "paper" and of_hub(model) else tiny if model == "tiny" else embedded
+    if preset in reported.PRESETS or (preset == "paper" and of_hub(model)):
+        return None
+    return tiny if model == "tiny" else embedded
 
 
 def sparse_probing(sae, lm, preset: str = "default", *, seed: int = 42, threads: int = 0, mode: str = "batch",
@@ -58,25 +64,34 @@ def sparse_probing(sae, lm, preset: str = "default", *, seed: int = 42, threads:
     ParameterError for what cannot be evaluated, RunError with SAEBench's own words when it fails.
     """
     start = time.perf_counter()
-    if preset not in PRESETS:
-        raise ParameterError(f"eval_preset: '{preset}' is not known; known are {', '.join(PRESETS)}")
+    asked = reported.chosen(preset, PRESETS, "sparse_probing", lm, _reported)
+    seed = asked.given.get("random_seed", seed)
     check_sae(sae, lm.name, lm.d_model)
     import_transformers()
-    asked = PRESETS[preset]
     names = data or data_of(lm.name, preset, EMBEDDED, TINY)
     sets = {name: labelled.labelled(name).sample(asked.train, asked.test, seed) for name in names or ()}
     with settings(threads):
         side = model_side.ModelSide(lm, asked.context, mode)
         raw, l0, answers = _run(sae, lm, side, sets, asked, seed)
     found = raw["eval_result_metrics"]
-    metrics = {name: value for group in ("llm", "sae") for name, value in found[group].items() if value is not None}
-    config = {"preset": preset, **asked._asdict(), "seed": seed, "k_values": list(K_VALUES)}
+    checking.data_sets("sparse probing", raw, list(sets) or raw["eval_config"]["dataset_names"])
+    metrics = checking.figures("sparse probing", found["llm"] | found["sae"], [
+        f"{kind}_{part}test_accuracy" for kind in ("llm", "sae")
+        for part in ("", *(f"top_{k}_" for k in asked.k_values))])
+    config = {"preset": preset, "train": asked.train, "test": asked.test, "context": asked.context, "seed": seed,
+              "k_values": list(asked.k_values)}
     report = described("sparse_probing", lm, sae, side, config, {
         name: labelled.labelled(name).about for name in sets} or dict.fromkeys(
         raw["eval_config"]["dataset_names"], "SAEBench's own, of the hub"))
     report["config"]["texts"] = {name: [{label: len(texts) for label, texts in part.items()} for part in both]
                                  for name, both in sets.items()}
+    report["config"]["not_as_reported"] = reported.differences(preset, "sparse_probing", raw)
     return finished(report, metrics, raw, l0, start, output_folder, per_text.within(answers))
+
+
+def _reported(settings: dict[str, Any]) -> Preset:
+    return Preset(settings["probe_train_set_size"], settings["probe_test_set_size"], settings["context_length"],
+                  tuple(settings["k_values"]), reported.given(settings))
 
 
 def described(name: str, lm, sae, side, config: dict[str, Any], data: dict[str, str]) -> dict[str, Any]:
@@ -120,11 +135,12 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int):
     from sae_bench.evals.sparse_probing import main
     from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
-    options = {"dataset_names": list(sets)} if sets else {}
+    options = {"random_seed": seed, "probe_train_set_size": asked.train, "probe_test_set_size": asked.test,
+               "context_length": asked.context, "k_values": list(asked.k_values)} | asked.given
     config = main.SparseProbingEvalConfig(
-        random_seed=seed, probe_train_set_size=asked.train, probe_test_set_size=asked.test,
-        context_length=asked.context, sae_batch_size=model_side.sae_batch(sae.d_sae, asked.context), llm_batch_size=32,
-        llm_dtype=str(lm.dtype).removeprefix("torch."), model_name=lm.name, k_values=list(K_VALUES), **options)
+        **options | ({"dataset_names": list(sets)} if sets else {}), llm_batch_size=32,
+        sae_batch_size=model_side.sae_batch(sae.d_sae, asked.context),
+        llm_dtype=str(lm.dtype).removeprefix("torch."), model_name=lm.name)
     own, l0s, at = main.probe_training.train_probe_on_activations, [], SimpleNamespace(name="", calls=0)
     heard: list[tuple[per_text.Answers, dict[str, int]]] = []
 
@@ -140,7 +156,7 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int):
 
     def train(train_acts, test_acts, select_top_k=None, **how):
         at.calls += 1
-        of_model = at.calls <= 1 + len(K_VALUES)  # the model's own probes come first
+        of_model = at.calls <= 1 + len(asked.k_values)  # the model's own probes come first
 
         def probed():
             model_side.reseed(seed, at.name, of_model, select_top_k)
@@ -164,7 +180,7 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int):
             main.run_eval(config, [("workbook", wrapped)], str(lm.device), folder, force_rerun=True,
                           save_activations=False)
 
-    raw = model_side.run("sparse probing", call, seed)
+    raw = model_side.run("sparse probing", call, seed, config)
     return raw, sum(l0s) / len(l0s), [(answers, _means(numbers)) for answers, numbers in heard]
 
 
