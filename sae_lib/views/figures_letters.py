@@ -69,8 +69,8 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
         random = ((nulls or {}).get("random", {}).get("absorption", {}).get("metrics") or {}).get(metric)
         if random is not None and metric in report["metrics"]:
             fig.add_hline(y=random, line={"color": GREY_INK, "width": 1}, row=row, col=1,
-                          annotation={"text": f"random SAE {random:.3f}", "font": {"size": 11, "color": GREY_INK}},
-                          annotation_position="top left")
+                          annotation={"text": f"random SAE {random:.3f}", "font": {"size": 11, "color": GREY_INK},
+                                      "bgcolor": "white", "borderpad": 1}, annotation_position="top left")
             top = max(top, random)
         fig.update_yaxes(title=METRICS[metric].axis, row=row, col=1,
                          range=[0, max(1.12 * top, 0.05)])
