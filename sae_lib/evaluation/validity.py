@@ -150,7 +150,7 @@ def _not_better(reports: dict[str, dict[str, Any]], nulls: dict[str, dict[str, A
             value, metric = report.get("metrics", {}).get(name), METRICS[name]
             within = (report.get("within_this_sae") or {}).get(name)
             worst = value if within is None else within[0 if metric.direction > 0 else 1]
-            better = [f"{entry['config']['what']} {other:.3f}" for entry in entries
+            better = [f"{entry['config']['what'].partition(' (')[0]} {other:.3f}" for entry in entries
                       if None not in (worst, other := entry["metrics"].get(name))
                       and metric.direction * (worst - other) <= 0]
             if better:

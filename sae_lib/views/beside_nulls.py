@@ -44,9 +44,10 @@ def draw(fig: go.Figure, nulls: pd.DataFrame, metric: str, span: tuple[float, fl
 
     Not for the raw residual stream: it loses nothing, which no SAE could reach.
     """
-    for row in () if nulls is None else nulls[nulls.null != "residual"].to_dict("records"):
-        if span[0] <= row[metric] <= span[1]:
-            getattr(fig, f"add_{line}")(
-                row[metric], line={"color": GREY_INK, "width": 1, "dash": "dot"}, **place,
-                annotation={"text": row["label"], "font": {"size": 10, "color": GREY_INK}},
-                annotation_position="bottom right" if line == "hline" else "top right")
+    shown = [] if nulls is None else nulls[nulls.null != "residual"].to_dict("records")
+    for number, row in enumerate(row for row in shown if span[0] <= row[metric] <= span[1]):
+        getattr(fig, f"add_{line}")(
+            row[metric], line={"color": GREY_INK, "width": 1, "dash": "dot"}, **place,
+            annotation={"text": row["label"], "font": {"size": 10, "color": GREY_INK}, "bgcolor": "white",
+                        "yshift": -14 * number if line == "vline" else 0},
+            annotation_position="top right" if line == "vline" else "bottom right")

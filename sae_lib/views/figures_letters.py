@@ -47,7 +47,7 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
     Bars are means over seeds; the dotted line is the mean over letters, its interval a bootstrap over the words of
     this SAE's letters; thin and grey, the mean of the random SAE of ``nulls``. A dropped letter says why.
     """
-    names = [METRICS[metric].panel.replace(")</span>", f"{_mean_text(report, metric)})</span>")
+    names = [METRICS[metric].panel.replace(")</span>", f"{_mean_text(report, metric, nulls)})</span>")
              for _, metric in PANELS]
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.12, subplot_titles=names)
     seeds = list(dict.fromkeys(letters.seed))
@@ -66,11 +66,8 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
             fig.add_hline(y=report["metrics"][metric], line={"color": "#111111", "dash": "dot", "width": 1.5}, row=row,
                           col=1)
         top = float(values.y.max()) if values.y.notna().any() else 1.0
-        random = ((nulls or {}).get("random", {}).get("absorption", {}).get("metrics") or {}).get(metric)
-        if random is not None and metric in report["metrics"]:
-            fig.add_hline(y=random, line={"color": GREY_INK, "width": 1}, row=row, col=1,
-                          annotation={"text": f"random SAE {random:.3f}", "font": {"size": 11, "color": GREY_INK}},
-                          annotation_position="top left")
+        if (random := _of_random(nulls, metric)) is not None and metric in report["metrics"]:
+            fig.add_hline(y=random, line={"color": GREY_INK, "width": 1}, row=row, col=1)
             top = max(top, random)
         fig.update_yaxes(title=METRICS[metric].axis, row=row, col=1,
                          range=[0, max(1.12 * top, 0.05)])
@@ -86,12 +83,18 @@ def letter_absorption(letters: pd.DataFrame, report: dict[str, Any], title: str 
     return dress(fig, f"Letter absorption: {title}", caption, width=1080, height=720, top=100)
 
 
-def _mean_text(report: dict[str, Any], metric: str) -> str:
+def _mean_text(report: dict[str, Any], metric: str, nulls: dict[str, Any] | None) -> str:
     if metric not in report["metrics"] or not report["within_this_sae"].get(metric):
         return ""
     low, high = report["within_this_sae"][metric]
+    random = _of_random(nulls, metric)
     return (f"; mean over letters {report['metrics'][metric]:.3f}, with other words "
-            f"{low:.3f} to {high:.3f} within this SAE")
+            f"{low:.3f} to {high:.3f} within this SAE{'' if random is None else f'; random SAE {random:.3f}'}")
+
+
+def _of_random(nulls: dict[str, Any] | None, metric: str) -> float | None:
+    """The random SAE's mean over letters, where there is one."""
+    return ((nulls or {}).get("random", {}).get("absorption", {}).get("metrics") or {}).get(metric)
 
 
 def _dropped(letters: pd.DataFrame) -> dict[str, str]:
