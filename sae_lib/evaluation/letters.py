@@ -163,9 +163,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train) -> Letters:
               "sparse_probe_batch": sparse_batch(materials[p.absorption_seeds[0]].train, words.vocabulary,
                                                  p.absorption_preset),
               "dtype": materials[p.absorption_seeds[0]].dtype, "device": device.type}
-    with runs.whole(run.path / "evals" / PROBES) as temporary:
-        save_file({f"seed{seed}.{letter}": row.float().contiguous() for seed, one in materials.items()
-                   for letter, row in zip(one.letters, one.weight)}, temporary)
+    _keep_probes(run.path / "evals" / PROBES, materials)
     report = letter_reports.report_of(found, config) | {
         "l0_words": _l0(sae, materials.values()), "seconds": round(time.perf_counter() - start, 2),
         "sae_sha256": runs.sha256(run.path / validity.WEIGHTS), "seconds_setup": round(setup, 2),
@@ -180,6 +178,13 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train) -> Letters:
     with adapter.settings(p.threads):
         beside = nulls.of_letters(p, run, asked, sae, report, lambda _, null: _of_null(null, found, config, ask))
     return Letters(run, report, letters, tested, by_ratio=curve if masked else {}, nulls=beside, along=along)
+
+
+def _keep_probes(file: Path, materials: dict[int, Any]) -> None:
+    """Each seed's and letter's probe, for the dashboards."""
+    with runs.whole(file) as temporary:
+        save_file({f"seed{seed}.{letter}": row.float().contiguous() for seed, one in materials.items()
+                   for letter, row in zip(one.letters, one.weight)}, temporary)
 
 
 def _by_ratio(p: params.Letters, sae, asked: params.Train, found: dict[int, Any], ask):
