@@ -131,7 +131,7 @@ def test_a_person_is_shown_figures_to_move_and_files_are_written_all_the_same(wo
     boards = sum("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
     parts = ("compare_explore", "curves_curves", "coactivation_overview", "coactivation_block")
     files = {path.stem for path in home.glob("runs/trial/compare/figures/*.html")}
-    assert boards == 3 and files.issuperset(parts) and shown == len(files) - len(parts) == 9
+    assert boards == 3 and files.issuperset(parts) and shown == len(files) - len(parts) == 11
     assert not any("image/png" in output.get("data", {}) for output in outputs)
 
 
