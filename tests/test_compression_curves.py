@@ -283,7 +283,7 @@ def test_an_invalid_runs_curve_is_no_result(trained):
 
 
 def test_without_ratios_nothing_is_measured(trained):
-    assert set(evaluated("good", compression_ratios=[])) == {"core"}
+    assert set(evaluated("good", compression_ratios=[])) == {"core", "nulls"}
 
 
 def test_too_little_text_is_one_error(tiny_model):

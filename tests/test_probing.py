@@ -193,8 +193,11 @@ def test_03_writes_each_and_a_fault_leaves_what_was_there(tiny, tiny_store, monk
     values = {"run": p.run, "eval_preset": "smoke", "threads": 1, "mode": "batch", "device": "cpu"}
     results = evaluate.evaluate(params.check("eval", values | {"evals": ["unlearning", "sparse_probing", "tpp"]}))
     run = runs.Run(p.run)
-    assert list(results) == ["sparse_probing", "tpp", "unlearning"]
-    assert runs.read_json(run.path / "evals/done.json")["evals"] == sorted(results)
+    assert list(results) == ["sparse_probing", "tpp", "unlearning", "nulls"]
+    assert runs.read_json(run.path / "evals/done.json")["evals"] == ["sparse_probing", "tpp", "unlearning"]
+    entries = results["nulls"]["pca"]
+    assert entries["sparse_probing"]["metrics"] and entries["tpp"]["status"] == "not applicable"
+    assert set(results["nulls"]["random"]) == {"heldout", "sparse_probing", "tpp"}
     checked = runs.read_json(run.path / "validity.json")["checked"]
     assert checked == ["training", "sparse_probing", "tpp"]
     further.display(results)
