@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_lib import params, runs
 from sae_lib.data import activations
-from sae_lib.evaluation import masked_passes, validity
+from sae_lib.evaluation import intervals, masked_passes, validity
 from sae_lib.evaluation.saebench import PRESETS, as_read, fit, packed
 from sae_lib.evaluation.saebench.adapter import check_sae
 from sae_lib.params import digest
@@ -69,7 +69,7 @@ def quality(p: params.Evaluate, run: runs.Run, asked: params.Train, lm) -> dict[
               "d_sae": asked.d_sae, "context": asked.context, **batches._asdict(),
               "text_sha256": hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16],
               "dtype": str(lm.dtype).removeprefix("torch."), "device": str(lm.device),
-              "interval": f"bootstrap over blocks of text, {masked_passes.LEVEL:.0%}: within this SAE"}
+              "interval": f"bootstrap over blocks of text, {intervals.LEVEL:.0%}: within this SAE"}
     rows = []
     for one in kept(run):
         row = found.get(one["folder"]) or {"metrics": {}, "interval": {}, "note": None}
