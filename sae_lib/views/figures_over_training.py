@@ -126,12 +126,12 @@ def _marks(fig: go.Figure, points: list[dict[str, Any]], metric: str, zero: floa
         return
     values = [point["metrics"][metric] for point in points]
     spans = [point["interval"].get(metric) or (value, value) for point, value in zip(points, values)]
-    fig.add_scatter(
-        x=[point["samples"] or zero for point in points], y=values, name=name, legendgroup=name, hovertext=said,
-        showlegend=not any(trace.name == name for trace in fig.data), **at, **look,
-        error_y={"type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
-                 "array": [max(0, high - value) for (_, high), value in zip(spans, values)],
-                 "arrayminus": [max(0, value - low) for (low, _), value in zip(spans, values)]})
+    if any(metric in point["interval"] for point in points):
+        look["error_y"] = {"type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
+                           "array": [max(0, high - value) for (_, high), value in zip(spans, values)],
+                           "arrayminus": [max(0, value - low) for (low, _), value in zip(spans, values)]}
+    fig.add_scatter(x=[point["samples"] or zero for point in points], y=values, name=name, legendgroup=name,
+                    showlegend=not any(trace.name == name for trace in fig.data), hovertext=said, **at, **look)
 
 
 def _without_score(fig: go.Figure, courses: list[Course], metric: str, zero: float, at: dict[str, int]) -> None:
@@ -140,7 +140,7 @@ def _without_score(fig: go.Figure, courses: list[Course], metric: str, zero: flo
     if not none:
         return
     held = [value for trace in fig.select_traces(**at) for value in (
-        *trace.y, *(y - (low or 0) for y, low in zip(trace.y, trace.error_y.arrayminus or ())))]
+        *trace.y, *(y - low for y, low in zip(trace.y, trace.error_y.arrayminus or ())))]
     room = 0.05 * (max(held) - min(held)) or 0.05 if held else 0.05
     foot = min(held, default=0) - 2 * room
     fig.add_scatter(x=[point["samples"] or zero for _, point in none], y=[foot] * len(none), mode="markers", **at,
