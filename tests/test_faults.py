@@ -20,7 +20,7 @@ from sae_lib.views import figures_compare
 
 SMALL = {"d_sae": 192, "k": 8, "samples": 30_000, "batch_size": 256, "lr": 2e-3, "warmup_steps": 10,
          "dead_after": 20_000, "threads": 1}
-VALUES = {"run": "faults/one-s1", "threads": 1, "mode": "batch", "device": "cpu"}
+VALUES = {"run": "faults/one-s1", "threads": 1, "mode": "batch", "device": "cpu", "nulls": []}
 EVALS = ["core", "sparse_probing", "scr", "tpp"]
 
 

@@ -291,7 +291,7 @@ def test_weights_that_are_not_finite_are_not_measured(measured, monkeypatch):
 
 
 def test_it_can_be_switched_off_and_needs_snapshots(trained):
-    assert set(quality("first-s2", over_training=False)) == {"core"}
+    assert set(quality("first-s2", over_training=False)) == {"core", "nulls"}
     assert absorbed("first-s2", absorption_over_training=False).along == {}
     assert validity.update(runs.Run("along/first-s2")).status == "valid"
 

@@ -70,8 +70,8 @@ def _measured(p: params.Evaluate, run: runs.Run, asked: params.Train) -> dict[st
         raise
     found = {name: faults.attempt(run, name, lambda measure=measure: measure(sae, model) | {"sae_sha256": stamp},
                                   config) for name, measure in measures.items()}
-    return found | {"nulls": nulls.of_evaluations(p, run, asked, sae, found, lambda name, null: EVALS[name](
-        p, asked, null, model))}
+    beside = nulls.of_evaluations(p, run, asked, sae, found, lambda name, null: EVALS[name](p, asked, null, model))
+    return found | ({"nulls": beside} if beside else {})
 
 
 def _loaded(p: params.Evaluate, run: runs.Run, asked: params.Train):

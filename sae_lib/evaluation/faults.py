@@ -64,4 +64,5 @@ def insist(results: dict[str, dict[str, Any]]) -> None:
     """Raise RunError naming every evaluation of ``results`` that failed, with its reason: the end of a stage."""
     found = [f"{name}: {why}" for name, report in results.items() if (why := reason(report))]
     if found:
-        raise runs.RunError(f"{len(found)} of {len(results)} evaluations failed; {'; '.join(found)}")
+        asked = len({*results} - {"nulls"})
+        raise runs.RunError(f"{len(found)} of {asked} evaluations failed; {'; '.join(found)}")
