@@ -299,7 +299,7 @@ def test_it_can_be_switched_off_and_needs_snapshots(trained):
 # -- figures -------------------------------------------------------------------------------------------------------
 
 def test_05_draws_a_style_a_variant_and_seeds_as_thin_lines(measured):
-    quality("first-s2")
+    quality("first-s2"), absorbed("first-s2", absorption_over_training=False)
     names = ["along/first-s1", "along/first-s2", "along/dead-s1"]
     found = compare.compare(check("compare", {"study": "along", "runs": names}))
     assert set(found.over_training) == set(names)
