@@ -119,12 +119,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each of the two, at least 3")
     parser.add_argument("--embedded", action="store_true", help="on SmolLM2 instead of a planted world")
     parser.add_argument("--threads", type=int, default=None, help="1, or all with --embedded")
+    parser.add_argument("--home", default=None, help="folder for runs and activations; a temporary one if not given")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     asked = parser.parse_args()
     from sae_lib import runs
 
     with tempfile.TemporaryDirectory() as home:
-        os.environ["SAE_WORKBOOK_HOME"] = home
+        os.environ["SAE_WORKBOOK_HOME"] = asked.home or home
         if asked.embedded:
             found = embedded(asked.pairs or 3, asked.seeds, asked.threads or 0)
         else:
