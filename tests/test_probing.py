@@ -265,3 +265,42 @@ def test_a_text_s_answers_are_those_of_its_own_row():
 def test_a_text_of_several_classes_is_drawn_for_all_of_them():
     answers = per_text.Answers({"one": ["x", "y"], "other": ["y", "z"], "third": ["y", "w", "w"]})
     assert answers.n == 4 and [places.tolist() for places in answers.strata] == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("name", ["scr", "tpp"])
+def test_one_encoding_of_each_text_gives_saebench_s_own_figures(tiny_model, directions, monkeypatch, name):
+    from sae_lib.evaluation.saebench import latent_sums
+
+    rows = torch.randn(64, directions.shape[1], generator=torch.Generator().manual_seed(1))
+    sae = made(torch.cat([directions, rows]), 0.2)
+    own, heard = latent_sums.LatentSums.ablated, []
+
+    def both(self, x, wrapped, to_ablate, batch):
+        fast = own(self, x, wrapped, to_ablate, batch)
+        from sae_bench.evals.scr_and_tpp import main
+
+        slow = originals["ablated_precomputed_activations"](x, wrapped, to_ablate, batch)
+        assert main.ablated_precomputed_activations is not originals["ablated_precomputed_activations"]
+        heard.append(float((fast - slow).abs().max() / slow.abs().max()))
+        return fast
+
+    def effects(self, wrapped, probe, *args):
+        state = torch.get_rng_state()
+        slow = originals["get_effects_per_class_precomputed_acts"](wrapped, probe, *args)
+        torch.set_rng_state(state)
+        fast = own_effects(self, wrapped, probe, *args)
+        assert torch.allclose(fast, slow, atol=1e-5 * float(slow.abs().max()))
+        return fast
+
+    from sae_bench.evals.scr_and_tpp import main as scr_main
+
+    originals = {one: getattr(scr_main, one) for one in ("ablated_precomputed_activations",
+                                                         "get_effects_per_class_precomputed_acts")}
+    own_effects = latent_sums.LatentSums.effects
+    monkeypatch.setattr(latent_sums.LatentSums, "ablated", both)
+    monkeypatch.setattr(latent_sums.LatentSums, "effects", effects)
+    found = getattr(scr_tpp, name)(sae, tiny_model, "smoke")
+    assert heard and max(heard) < 1e-5
+    monkeypatch.setattr(latent_sums.LatentSums, "applies", staticmethod(lambda _: False))
+    slow = getattr(scr_tpp, name)(sae, tiny_model, "smoke")
+    assert slow["metrics"] == pytest.approx(found["metrics"], abs=0.02)

@@ -129,6 +129,31 @@ def test_the_model_alone_is_computed_once_for_all_saes(core):
     assert other["metrics"]["ce_loss_without_sae"] == first["metrics"]["ce_loss_without_sae"]
 
 
+@pytest.mark.parametrize("kind", ["tiny", "llama"])
+def test_fewer_passes_over_the_vocabulary_give_saebench_s_own_figures(tiny_model, texts, tmp_path, monkeypatch, kind):
+    from sae_lib.evaluation.saebench import reconstruction
+
+    lm = tiny_model if kind == "tiny" else language_model.load(
+        str(write_model(tmp_path, kind)), hook="blocks.1.hook_resid_post", dtype="float32", device="cpu", whole=True)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(96, lm.d_model, generator=generator), dim=1)
+    sae = SparseAutoencoder(rows.clone(), torch.full((96,), -0.1), rows, torch.zeros(lm.d_model),
+                            architectures.get("standard")())
+    monkeypatch.setattr(reconstruction, "CHUNK", 700)  # some rows at a time
+    own_sums, calls = reconstruction._over_vocabulary, []
+    monkeypatch.setattr(reconstruction, "_over_vocabulary", lambda *a, **k: calls.append(1) or own_sums(*a, **k))
+    found = saebench.core(sae, lm, texts=texts, preset="smoke", context=CONTEXT)
+    again = saebench.core(sae, lm, texts=texts, preset="smoke", context=CONTEXT)
+    monkeypatch.setattr(reconstruction, "applies", lambda *_: False)
+    own = saebench.core(sae, lm, texts=texts, preset="smoke", context=CONTEXT)
+    applied = kind == "llama" or not lm.hf.config.to_dict().get("final_logit_softcapping")
+    assert again["metrics"] == found["metrics"] and again["model_reused"]
+    for name, value in own["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+    assert found["metrics"]["kl_div_with_sae"] > 0.01
+    assert len(calls) == (4 if applied else 0), "the model alone and ablated, and the SAE twice"
+
+
 def test_every_block_begins_with_bos_and_none_comes_twice(tiny_model, texts):
     blocks = saebench._blocks(tiny_model, texts, saebench.Batches(100, 100, 4), CONTEXT)
     assert (blocks[:, 0] == tiny_model.bos_id).all()

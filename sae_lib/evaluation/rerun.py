@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -55,8 +56,8 @@ class Rerun:
         """Whether all that the model alone gives was already there."""
         return self._fresh == 0
 
-    def __call__(self, tokens: Tensor, return_type: str, loss_per_token: bool):
-        """Logits (B, T, V) and loss of the plain model."""
+    def streams(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain model's stream at the hook, and that before the unembedding, each (B, T, D)."""
         key = self._read_batch(tokens)
         if (self._kept or {}).get("final " + key) is None:
             seen: list[Tensor] = []
@@ -66,22 +67,37 @@ class Rerun:
             finally:
                 handle.remove()
             self._keep({"hook " + key: self._residual, "final " + key: seen[0]})
-            final = seen[0]
-        else:
-            self._residual, final = (self._kept[part + key].to(tokens.device) for part in ("hook ", "final "))
-        return self._unembed(final, tokens)
+            return self._residual, seen[0]
+        self._residual, final = (self._kept[part + key].to(tokens.device) for part in ("hook ", "final "))
+        return self._residual, final
+
+    def changed(self, stream: Tensor) -> Tensor:
+        """The stream before the unembedding (B, T, D) with ``stream`` at the hook; of one row where all are equal."""
+        if bool((stream == stream[:1]).all()):
+            stream = stream[:1]
+        # Stops before the final norm, which is then applied as the model itself would.
+        return self._model.ln_final(self._model(stream, start_at_layer=self._start,
+                                                stop_at_layer=self._model.cfg.n_layers))
+
+    def once(self, tokens: Tensor, names: tuple[str, ...], make: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
+        """What ``make()`` gives for a batch of tokens (B, T) under ``names``; kept beside its streams."""
+        key = self._read_batch(tokens)
+        if any((self._kept or {}).get(f"{name} {key}") is None for name in names):
+            made = make()
+            self._keep({f"{name} {key}": tensor for name, tensor in zip(names, made, strict=True)})
+            return list(made)
+        return [self._kept[f"{name} {key}"].to(tokens.device) for name in names]
+
+    def __call__(self, tokens: Tensor, return_type: str, loss_per_token: bool):
+        """Logits (B, T, V) and loss of the plain model."""
+        return self._unembed(self.streams(tokens)[1], tokens)
 
     def run_with_hooks(self, tokens: Tensor, return_type: str, fwd_hooks: list, loss_per_token: bool):
         """Logits and loss with the stream at the hook replaced, for the batch that was read last."""
         (name, change), = fwd_hooks
         if tokens is not self.tokens or name != self._hook or return_type != "both" or not loss_per_token:
             raise RunError(f"SAEBench core asked for {name}, {return_type} out of turn; evaluation knows its 0.6.0")
-        changed = change(self._residual, hook=None)
-        if bool((changed == changed[:1]).all()):
-            changed = changed[:1]
-        # Stops before the final norm, which is then applied as the model itself would.
-        stream = self._model(changed, start_at_layer=self._start, stop_at_layer=self._model.cfg.n_layers)
-        return self._unembed(self._model.ln_final(stream), tokens)
+        return self._unembed(self.changed(change(self._residual, hook=None)), tokens)
 
     def run_with_cache(self, tokens: Tensor, names_filter: list[str], **options):
         """The stream at the hook, as SAEBench reads it from a cache."""

@@ -25,7 +25,7 @@ from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.rerun import Rerun, file_of
-from sae_lib.evaluation.saebench import checking
+from sae_lib.evaluation.saebench import checking, reconstruction
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
 from sae_lib.evaluation.saebench.core_blocks import Blocks
 from sae_lib.evaluation.sharing import all_cores, alone
@@ -236,12 +236,15 @@ def _multiple_evals(wrapped, model, blocks: Tensor, batches: Batches, context: i
             rows = datasets.Dataset.from_dict({"tokens": blocks.tolist()})
             return store.from_sae(model, sae, dataset=rows, context_size=context_size)
 
+    own = main.get_recons_loss
+    if reconstruction.applies(model, wrapped.cfg.dtype):
+        own = reconstruction.recons_loss(model)
     store, said = main.ActivationsStore, io.StringIO()
     listener = logging.StreamHandler(said)
     main.logger.addHandler(listener)
     try:
         with (in_place(main, HookedTransformer=Model, ActivationsStore=Store,
-                       get_recons_loss=wrapped.seen.blocks.recording(main.get_recons_loss)),
+                       get_recons_loss=wrapped.seen.blocks.recording(own)),
               contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)):
             results = main.multiple_evals(
                 [("workbook", wrapped)], batches.reconstruction, batches.sparsity, batches.rows,

@@ -109,30 +109,34 @@ class ModelSide:
             self._hooked = to_hooked(self.lm, layer + 1)
         model, found = self._hooked, {}
         ids = {f"{part} {label}": self._tokens(texts) for part, of in parts.items() for label, texts in of.items()}
+        # A text in several classes (SCR's groups overlap) is read once; batches are of like length.
+        once = sorted(dict.fromkeys(row for rows in ids.values() for row in rows), key=len)
+        place, pad = {row: number for number, row in enumerate(once)}, model.tokenizer.pad_token_id
+        read: list[Tensor] = []
+        with progress(sum(map(len, once)), f"activations of '{name}'", self.mode) as bar:
+            for start in range(0, len(once), BATCH):
+                some = _padded(once[start:start + BATCH], pad)
+                x = activation_collection.get_llm_activations(
+                    some.to(self.lm.device), model, BATCH, layer, self.lm.hook, mask_bos_pad_eos_tokens=True,
+                    show_progress=False).cpu()
+                mask = activation_collection.get_bos_pad_eos_mask(some, model.tokenizer).bool()
+                read += [one[kept] for one, kept in zip(x, mask)]
+                bar.advance(sum(map(len, once[start:start + BATCH])))
         # One length for all: SCR and TPP mix the classes' texts.
-        longest = max(map(len, (row for rows in ids.values() for row in rows)))
-        with progress(sum(map(len, (row for rows in ids.values() for row in rows))), f"activations of '{name}'",
-                      self.mode) as bar:
-            for key, rows in ids.items():
-                tokens = torch.full((len(rows), longest), model.tokenizer.pad_token_id)
-                for place, row in enumerate(rows):
-                    tokens[place, :len(row)] = torch.tensor(row)
-                x = torch.zeros(len(rows), longest, self.lm.d_model, dtype=self.lm.dtype)
-                order = sorted(range(len(rows)), key=lambda place, rows=rows: len(rows[place]))
-                for start in range(0, len(order), BATCH):  # of like length, cut to the longest
-                    some = order[start:start + BATCH]
-                    width = len(rows[some[-1]])
-                    x[some, :width] = activation_collection.get_llm_activations(
-                        tokens[some, :width].to(self.lm.device), model, BATCH, layer, self.lm.hook,
-                        mask_bos_pad_eos_tokens=True, show_progress=False).cpu()
-                    bar.advance(sum(len(rows[place]) for place in some))
-                mask = activation_collection.get_bos_pad_eos_mask(tokens, model.tokenizer)
-                found |= {"mask " + key: mask, "rows " + key: x[mask]}
+        longest = len(once[-1])
+        for key, rows in ids.items():
+            mask = activation_collection.get_bos_pad_eos_mask(_padded(rows, pad, longest), model.tokenizer).bool()
+            found |= {"mask " + key: mask, "rows " + key: torch.cat([read[place[row]] for row in rows])}
         return found
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
+    def _tokens(self, texts: list[str]) -> list[tuple[int, ...]]:
         cut = self.lm.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.context - 1)
-        return [[self.lm.bos_id, *row] for row in cut["input_ids"]]
+        return [(self.lm.bos_id, *row) for row in cut["input_ids"]]
+
+
+def _padded(rows: list[tuple[int, ...]], pad: int, longest: int = 0) -> Tensor:
+    """Ids (texts, tokens), padded at the right."""
+    return torch.tensor([[*row, *[pad] * (max(longest, max(map(len, rows))) - len(row))] for row in rows])
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict] | None:

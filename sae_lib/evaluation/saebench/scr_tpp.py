@@ -23,6 +23,7 @@ from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.saebench import checking, model_side, per_text
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
+from sae_lib.evaluation.saebench.latent_sums import LatentSums
 from sae_lib.evaluation.saebench.sparse_probing import data_of, described, finished, mean_l0
 from sae_lib.params import ParameterError
 
@@ -164,6 +165,7 @@ class Work:
                                    train_probe_on_activations=self._train)
         with (in_place(dataset_info, dataset_metadata=dataset_info.dataset_metadata | columns,
                        chosen_classes_per_dataset=dataset_info.chosen_classes_per_dataset | classes),
+              in_place(main, **self._fewer_passes()),
               in_place(main, tqdm=quiet(), COLUMN2_VALS_LOOKUP=main.COLUMN2_VALS_LOOKUP | values,
                        probe_training=training, get_dataset_activations=self._activations,
                        get_all_node_effects_for_one_sae=self._reseeded(main.get_all_node_effects_for_one_sae),
@@ -171,6 +173,13 @@ class Work:
                        HookedTransformer=SimpleNamespace(from_pretrained_no_processing=lambda *_a, **_o: None))):
             main.run_eval(self.config, [("workbook", wrapped)], str(self.lm.device), folder, force_rerun=True,
                           save_activations=False)
+
+    def _fewer_passes(self) -> dict[str, Any]:
+        """SAEBench's functions that encode and decode, each text once; none for an SAE that decodes otherwise."""
+        if not LatentSums.applies(self.sae):
+            return {}
+        sums = LatentSums(self.sae)
+        return {"ablated_precomputed_activations": sums.ablated, "get_effects_per_class_precomputed_acts": sums.effects}
 
     def _reseeded(self, function, around=None):
         """The function, drawing the same each time, so that a probe is tested on one set of texts before and after."""
