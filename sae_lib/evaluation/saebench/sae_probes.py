@@ -1,8 +1,8 @@
 """sae-probes' k-sparse probing of one of our SAEs: how well k latents of a text's last token tell two classes apart.
 
 The benchmark of "Are Sparse Autoencoders Useful?" (Kantamneni et al., arXiv 2502.16681), through SAEBench. Splits,
-choice of latents, probes and metrics are sae-probes' own code, its texts those in its package. One departure: BOS is
-given to every model, as in training.
+choice of latents, probes and metrics are sae-probes' own code, its texts those in its package. Two departures: BOS is
+given to every model, as in training, and all presets but ``paper`` take fewer texts.
 """
 
 from __future__ import annotations
@@ -33,16 +33,23 @@ SETS = ("96_spam_is", "154_athlete_sport_football", "24_headline_isiran", "119_u
 
 
 class Preset(NamedTuple):
-    """Data sets (None takes all 113), texts of one at most, tokens of a text, and how many latents a probe reads."""
+    """Data sets (None takes all 113), tokens of a text, and how many latents a probe reads.
+
+    Of a data set's texts, and of those for training, there are so many at most; None leaves it to sae-probes: all, and
+    1024. The rest but one is for testing.
+    """
 
     data: tuple[str, ...] | None
     texts: int | None
+    train: int | None
     context: int
     k_values: tuple[int, ...] = (1, 2, 5)
 
 
-PRESETS = {"smoke": Preset(SETS[:2], 300, 64), "default": Preset(SETS, None, 128),
-           "paper": Preset(None, None, 1024, (1, 2, 5, 10, 20, 50, 100))}
+LEAST_TEST = 100
+"""Texts that sae-probes leaves for testing at least: it trains on a data set's size less these."""
+PRESETS = {"smoke": Preset(SETS[:2], 300, 200, 64), "default": Preset(SETS, 1024, 512, 128),
+           "paper": Preset(None, None, None, 1024, (1, 2, 5, 10, 20, 50, 100))}
 
 
 class Texts(NamedTuple):
@@ -112,7 +119,7 @@ class Work:
     def __init__(self, sae, lm, side, sets: dict[str, Texts], asked: Preset, seed: int):
         from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 
-        self.sae, self.lm, self.side, self.sets, self.seed, self.at = sae, lm, side, sets, seed, ""
+        self.sae, self.lm, self.side, self.sets, self.train, self.at = sae, lm, side, sets, asked.train, ""
         self.probes = {k: f"sae_top_{k}" for k in asked.k_values if k <= sae.d_sae}
         """By number of latents, of those that this SAE has, SAEBench's name of the probe."""
         self.heard: dict[str, per_text.Scored] = {}
@@ -129,7 +136,8 @@ class Work:
 
         data, baselines, evals, latents = map(_module, ("utils_data", "run_baselines", "run_sae_evals",
                                                         "generate_sae_activations"))
-        sizes = {name: len(one.texts) for name, one in self.sets.items()}
+        most = np.inf if self.train is None else self.train + LEAST_TEST
+        sizes = {name: min(len(one.texts), most) for name, one in self.sets.items()}
         wrapped = wrap(self.sae, self.lm.name, self.lm.hook, device=self.lm.device, dtype=self.lm.dtype,
                        context=self.side.context)
         there = {"ensure_dataset_activations": lambda **_options: None, "tqdm": quiet()}
