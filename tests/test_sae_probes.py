@@ -72,7 +72,7 @@ def test_a_planted_latent_is_found_and_a_blind_sae_is_at_chance(tiny_model, lett
     # The model's own probes are the same, and were not trained again.
     assert other["model_reused"] and all(other["metrics"][name] == found[name] for name in found if "llm" in name)
     assert other["config"]["comparable"] == config["comparable"] and report["note"] is None
-    assert config["texts"]["one"] == {"train": 200, "test": 100} and config["k_values"] == [1, 2, 5]
+    assert config["texts"]["one"] == {"train": 200, "test": 99} and config["k_values"] == [1, 2, 5]
     assert set(config["data"]) == {"one", "other"} and (config["d_sae"], config["hook"]) == (8, tiny_model.hook)
     assert runs.read_json(tmp_path / "sae_probes.json")["metrics"] == found
     low, high = report["within_this_sae"][TOP]
@@ -110,7 +110,7 @@ def test_the_figures_that_intervals_are_drawn_of_are_those_of_saebench(tiny_mode
     within = bench.Work.within
     monkeypatch.setattr(bench.Work, "within", lambda self: heard.extend(self.heard.values()) or within(self))
     report = bench.sae_probes(blind, tiny_model, "smoke", data=("one",))
-    assert heard[0].n < 100, "texts that stand twice are drawn together"
+    assert heard[0].n < 99, "texts that stand twice are drawn together"
     drawn = heard[0].figures(np.ones((1, heard[0].n)))
     assert len(drawn) == 9
     for name, (value,) in drawn.items():
@@ -136,12 +136,12 @@ def test_activations_are_those_of_sae_probes_own_code(tiny_model, tmp_path, monk
     from sae_probes.generate_model_activations import _process_activations
 
     monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(tmp_path))
-    texts = [" ".join(tiny_words()[start:start + length]) for start, length in ((0, 3), (7, 12), (3, 5), (0, 3))]
+    texts = [" " + " ".join(tiny_words()[start:start + length]) for start, length in ((0, 3), (7, 12), (3, 5), (0, 3))]
     side = model_side.ModelSide(tiny_model, 8)
     found = side.last_token("some", texts, [0, 1, 0, 1])
     model = side._model()
     begins = model.tokenizer("")["input_ids"] != []
-    marked = texts if begins else [model.tokenizer.bos_token + " " + text for text in texts]
+    marked = texts if begins else [model.tokenizer.bos_token + text for text in texts]
     own = _process_activations(model, marked, 2, 8 if begins else 99, [tiny_model.hook], None, "cpu")[tiny_model.hook]
     short = [place for place, text in enumerate(texts) if begins or len(text.split()) < 8]
     assert torch.allclose(found[short], own[short], atol=1e-5) and torch.equal(found[0], found[3])
