@@ -13,9 +13,10 @@ from sae_lib.params import ParameterError, digest
 
 CLAIMS = {"02_train_variant": ("params.yaml", "provenance.json", "training.json", "history.parquet", "sae/*",
                                "snapshots/*/*", "coactivation/*", "latents/*"),
-          "03_eval": ("evals/core.json", "evals/sparse_probing.json", "evals/scr.json", "evals/tpp.json",
-                      "evals/unlearning.json", "evals/truth.json", "evals/nulls.json", "evals/compression.json",
-                      "evals/compression_importance.safetensors", "evals/over_training.json", "evals/done.json"),
+          "03_eval": ("evals/core.json", "evals/sparse_probing.json", "evals/sae_probes.json", "evals/scr.json",
+                      "evals/tpp.json", "evals/unlearning.json", "evals/truth.json", "evals/nulls.json",
+                      "evals/compression.json", "evals/compression_importance.safetensors", "evals/over_training.json",
+                      "evals/done.json"),
           "04_letter_absorption": ("evals/*absorption*", "evals/*letter*")}
 """The files that each stage writes and vouches for, beside validity.json, which every stage completes."""
 NAMES = tuple(pattern for patterns in CLAIMS.values() for pattern in patterns) + ("validity.json", "evals/*")

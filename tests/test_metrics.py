@@ -1,5 +1,6 @@
 """Every metric says what a reader must know, and none of the misreadings of earlier studies is possible again."""
 
+import importlib.metadata
 import re
 import tomllib
 from math import inf, isfinite
@@ -11,11 +12,12 @@ from sae_bench.evals.absorption.eval_output import AbsorptionMeanMetrics
 from sae_bench.evals.core import eval_output as core
 from sae_bench.evals.scr_and_tpp.eval_output import ScrMetrics, TppMetrics
 from sae_bench.evals.sparse_probing.eval_output import SparseProbingLlmMetrics, SparseProbingSaeMetrics
+from sae_bench.evals.sparse_probing_sae_probes.eval_output import SaeProbesLlmMetrics, SaeProbesSaeMetrics
 from sae_bench.evals.unlearning.eval_output import UnlearningMetrics
 
 from sae_lib import metrics, runs
 from sae_lib.evaluation import results
-from sae_lib.metrics import METRICS, saebench
+from sae_lib.metrics import METRICS, saebench, saebench_tasks
 from sae_lib.views import figures_absorption, figures_compare, figures_explore
 
 REPORTED = {ScrMetrics, TppMetrics, SparseProbingLlmMetrics, SparseProbingSaeMetrics, UnlearningMetrics,
@@ -43,6 +45,14 @@ def test_all_that_saebench_reports_is_known():
     names = {metrics.of_core(name) for kind in REPORTED for name in kind.__dataclass_fields__}
     # Spread over letters, which is no error bar, is shown nowhere.
     assert {name for name in names if name not in METRICS and not name.startswith("std_dev_")} == set()
+
+
+def test_all_that_sae_probes_reports_is_known_by_names_of_its_own():
+    names = {name for kind in (SaeProbesLlmMetrics, SaeProbesSaeMetrics) for name in kind.__dataclass_fields__}
+    # SAEBench has a field for a probe on all latents, and never fills it.
+    assert {saebench_tasks.PREFIX + name for name in names - {"sae_test_accuracy"}} == {
+        name for name in METRICS if name.startswith(saebench_tasks.PREFIX)}
+    assert f"sae-probes {importlib.metadata.version('sae-probes')}" in METRICS["sae_probes_llm_test_auc"].version
 
 
 def test_versions_are_those_that_are_installed():
@@ -80,7 +90,7 @@ def test_explained_variance_has_no_floor_and_0_is_the_mean(name):
     assert metrics.explained_variance(x, -x) < -10
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS if name.startswith("llm_")])
+@pytest.mark.parametrize("name", [name for name in METRICS if "llm_" in name])
 def test_the_model_s_own_accuracy_is_nothing_that_an_sae_moved(name):
     metric = METRICS[name]
     assert metric.of_model and metric.direction == 0 and "no SAE is in it" in metric.formula

@@ -101,6 +101,12 @@ def _sparse_probing(p: params.Evaluate, asked: params.Train, sae, model) -> dict
     return sparse_probing(sae, model, p.eval_preset, threads=p.threads, mode=p.mode)
 
 
+def _sae_probes(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
+    from sae_lib.evaluation.saebench.sae_probes import sae_probes
+
+    return sae_probes(sae, model, p.eval_preset, threads=p.threads, mode=p.mode)
+
+
 def _scr(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any]:
     from sae_lib.evaluation.saebench.scr_tpp import scr
 
@@ -126,8 +132,8 @@ def _truth(p: params.Evaluate, asked: params.Train, sae, model) -> dict[str, Any
     return planted_run.evaluate(sae.to("cpu"), asked)
 
 
-EVALS = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr, "tpp": _tpp, "unlearning": _unlearning,
-         "truth": _truth}
+EVALS = {"core": _core, "sparse_probing": _sparse_probing, "sae_probes": _sae_probes, "scr": _scr, "tpp": _tpp,
+         "unlearning": _unlearning, "truth": _truth}
 """What each of ``evals`` runs, in this order."""
 
 

@@ -14,7 +14,8 @@ from sae_lib import runs
 from sae_lib.data.assets import AssetError
 from sae_lib.params import ParameterError
 
-NAMES = ("core", "sparse_probing", "scr", "tpp", "unlearning", "truth", "compression", "over_training", "absorption")
+NAMES = ("core", "sparse_probing", "sae_probes", "scr", "tpp", "unlearning", "truth", "compression", "over_training",
+         "absorption")
 """Evaluations that leave evals/<name>.json."""
 
 

@@ -24,7 +24,7 @@ from sae_lib.training import measure
 
 HELDOUT = "heldout"
 """The measures of training.json, on the store's held-out rows."""
-EVALUATIONS = (HELDOUT, "core", "sparse_probing", "scr", "tpp", "absorption", "truth")
+EVALUATIONS = (HELDOUT, "core", "sparse_probing", "sae_probes", "scr", "tpp", "absorption", "truth")
 SILENT = "absorption asks which latents stay silent on a word, and a {} never does"
 POSITIVE = "TPP ranks latents by positive activations alone, and would see half of a {}, which is signed"
 NOT_APPLICABLE = {

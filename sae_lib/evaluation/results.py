@@ -21,6 +21,7 @@ TRAINING = ("explained_variance", "mse", "l0", "dead_share", "idle_share", "unus
 CORE = ("ce_loss_score", "kl_div_score", "kl_div_with_sae", "frac_alive", "cossim", "l2_ratio")
 LETTERS = ("mean_full_absorption_score", "mean_absorption_fraction_score", "mean_num_split_features")
 FURTHER = {"sparse_probing": ("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "llm_test_accuracy"),
+           "sae_probes": ("sae_probes_sae_top_1_test_auc", "sae_probes_sae_top_5_test_auc", "sae_probes_llm_test_auc"),
            "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",),
            "unlearning": ("unlearning_score",),
            "truth": ("mcc", "recovered", "true_absorption", "true_absorption_of_parent", "saebench_full_absorption",
@@ -139,7 +140,8 @@ def masked(table: pd.DataFrame) -> pd.DataFrame:
 
 KEY = {"model": "model", "hook": "hook", "activations": "activations", "samples": "training samples", "d_sae": "width",
        "evaluation": "evaluation", "letters": "absorption's evaluation",
-       "sparse_probing": "sparse probing's evaluation", "scr": "SCR's evaluation", "tpp": "TPP's evaluation",
+       "sparse_probing": "sparse probing's evaluation", "sae_probes": "sae-probes' evaluation",
+       "scr": "SCR's evaluation", "tpp": "TPP's evaluation",
        "unlearning": "unlearning's evaluation", "truth": "the planted truth",
        "sae_bench": "sae-bench version"}
 

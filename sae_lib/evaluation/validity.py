@@ -13,9 +13,10 @@ from sae_lib.evaluation import faults
 from sae_lib.metrics import METRICS
 from sae_lib.training.terms import INERT
 
-FURTHER = ("sparse_probing", "scr", "tpp", "unlearning", "truth")
+FURTHER = ("sparse_probing", "sae_probes", "scr", "tpp", "unlearning", "truth")
 """The evaluations beside core and absorption."""
 BESIDE_NULLS = {"core": ("explained_variance", "ce_loss_score"), "sparse_probing": ("sae_top_1_test_accuracy",),
+                "sae_probes": ("sae_probes_sae_top_1_test_auc",),
                 "scr": ("scr_metric_threshold_20",), "tpp": ("tpp_threshold_20_total_metric",),
                 "absorption": ("mean_full_absorption_score", "mean_absorption_fraction_score")}
 """Of each evaluation, the figures that a trained SAE should have better than a null baseline."""

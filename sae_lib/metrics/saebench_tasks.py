@@ -1,4 +1,4 @@
-"""What SAEBench's sparse probing, SCR, TPP and unlearning report."""
+"""What SAEBench's two sparse probings, SCR, TPP and unlearning report."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from math import inf
 from sae_lib.metrics.metric import Metric, listed
 from sae_lib.metrics.saebench import DEAD, VERSION
 
+PROBES_VERSION = f"sae-probes 0.4.2, {VERSION}"
 PROBED = (1, 2, 5, 10, 20, 50, 100)
 """How many latents (or channels) a sparse probe may read."""
 ABLATED = (2, 5, 10, 20, 50, 100, 500)
 """How many latents SCR and TPP ablate."""
 PROBING, UNFIT = "SAEBench sparse probing", "; held unfit for ranking SAEs by arXiv 2605.18229"
+PREFIX = "sae_probes_"
+"""Before SAEBench's names of sae-probes' metrics, which its own sparse probing has too."""
+SAE_PROBES = "sae-probes' normal setting, through SAEBench"
 SCR, TPP = f"SAEBench SCR{UNFIT}", f"SAEBench TPP{UNFIT}"
 NOTHING = "an SAE that changes nothing"
 
@@ -30,6 +34,29 @@ def _probes() -> list[Metric]:
                   Metric(f"llm_{key}", f"Model's own probing{shown}", 0, "accuracy", PROBING, VERSION,
                          f"the same on {channels} of the model's stream: no SAE is in it; it differs between layers",
                          0, 1, 0.5, "chance", of_model=True)]
+    return found
+
+
+def _sae_probes() -> list[Metric]:
+    """What sae-probes says of linear probes on a text's last token: on k latents, and on the model's own stream.
+
+    Classes are balanced, and so is a trivial accuracy of 0.5; a probe that says one class alone has an F1 of 1/3.
+    """
+    found = []
+    for measure, label, unit, trivial, formula in (
+            ("accuracy", "accuracy", "accuracy", 0.5, "share of test texts in the right class"),
+            ("auc", "AUC", "area under the ROC curve", 0.5,
+             "share of pairs of test texts of the two classes that a probe's score orders rightly"),
+            ("f1", "F1", "F1, weighted mean of both classes", 1 / 3, "2 precision recall / (precision + recall)")):
+        found.append(Metric(
+            f"{PREFIX}llm_test_{measure}", f"sae-probes, model's own {label}", 0, unit, SAE_PROBES, PROBES_VERSION,
+            f"{formula}, of an L2 logistic regression on all channels of the model's stream at a text's last token, "
+            "mean over data sets: no SAE is in it; it differs between layers", 0, 1, trivial, "chance", of_model=True))
+        found += [Metric(
+            f"{PREFIX}sae_top_{k}_test_{measure}", f"sae-probes {label}, top {k}", 1, unit, SAE_PROBES,
+            PROBES_VERSION, f"{formula}, of an L1 logistic regression on the {k} latent{'s' * (k > 1)} whose "
+            "normalised means differ most between classes at a text's last token, mean over data sets", 0, 1, trivial,
+            f"{DEAD} (chance)") for k in PROBED]
     return found
 
 
@@ -56,7 +83,8 @@ def _tpp(n: int) -> list[Metric]:
 
 
 METRICS = listed(
-    *_probes(), *(metric for n in ABLATED for metric in _scr(n)), *(metric for n in ABLATED for metric in _tpp(n)),
+    *_probes(), *_sae_probes(), *(metric for n in ABLATED for metric in _scr(n)),
+    *(metric for n in ABLATED for metric in _tpp(n)),
     Metric("unlearning_score", "Unlearning", 1, "share of WMDP-bio answers lost", "SAEBench unlearning", VERSION,
            "1 - lowest accuracy on the WMDP-bio questions that the model knew, over the settings that keep 0.99 of the "
            "other subjects; the best of a sweep, so more settings raise it", 0, 1, 0, NOTHING),

@@ -204,8 +204,9 @@ Null = Literal["random", "untrained", "pca", "residual"]
 class Evaluate(Common):
     """03_eval: SAEBench and our own measures of one SAE."""
 
-    evals: list[Literal["core", "sparse_probing", "scr", "tpp", "unlearning", "truth"]] = Field(["core"], min_length=1)
-    """SAEBench evaluations to run: core, sparse_probing, scr, tpp, unlearning; truth is for a planted world."""
+    evals: list[Literal["core", "sparse_probing", "sae_probes", "scr", "tpp", "unlearning", "truth"]] = Field(
+        ["core"], min_length=1)
+    """SAEBench evaluations: core, sparse_probing, sae_probes, scr, tpp, unlearning; truth is for a planted world."""
     eval_preset: Literal["smoke", "default", "paper", "reported_000", "reported_001"] = "default"
     """How much: smoke, default, paper (SAEBench's own), or what study 1 or 2 reported: reported_000, reported_001."""
     nulls: list[Null] = ["random", "untrained", "pca", "residual"]

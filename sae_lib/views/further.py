@@ -7,21 +7,24 @@ from typing import Any
 import pandas as pd
 
 from sae_lib.metrics import METRICS
+from sae_lib.metrics.saebench_tasks import PREFIX, PROBED
 from sae_lib.views import beside_nulls, show
 from sae_lib.views.template import value_within
 
-TITLES = {"sparse_probing": "Sparse probing", "scr": "Spurious correlation removal",
-          "tpp": "Targeted probe perturbation", "unlearning": "Unlearning"}
+TITLES = {"sparse_probing": "Sparse probing", "sae_probes": "sae-probes: k-sparse probing",
+          "scr": "Spurious correlation removal", "tpp": "Targeted probe perturbation", "unlearning": "Unlearning"}
 READING = {
     "sparse_probing": "Share of test texts that a linear probe puts in the right class; 0.5 is chance. `all`: on every "
                       "channel or latent, `top k`: on the best k",
+    "sae_probes": "AUC (and accuracy) of a linear probe that tells two classes of texts by their last token; 0.5 is "
+                  "chance. `LLM`: on all channels, `top k`: on the k latents whose means differ most between classes",
     "scr": "Share of the accuracy lost to a spurious label that comes back with the best n latents for it ablated; 1 "
            "is all, below 0 harms. Later work holds it, and TPP, unfit to rank SAEs",
     "unlearning": "Share of the biology questions known that are no longer answered, at the best of a sweep that keeps "
                   "0.99 of other subjects'; more settings raise it",
     "tpp": "Accuracy lost by a class' own probe less that lost by the others', with the class' best n latents ablated"}
-HEADLINE = {"sparse_probing": "sae_top_1_test_accuracy", "scr": "scr_metric_threshold_20",
-            "tpp": "tpp_threshold_20_total_metric", "unlearning": "unlearning_score"}
+HEADLINE = {"sparse_probing": "sae_top_1_test_accuracy", "sae_probes": "sae_probes_sae_top_1_test_auc",
+            "scr": "scr_metric_threshold_20", "tpp": "tpp_threshold_20_total_metric", "unlearning": "unlearning_score"}
 """Of each evaluation, the metric whose direction is the table's."""
 
 
@@ -66,6 +69,12 @@ def _row(name: str, detail: dict[str, Any], within: dict[str, list[float]] | Non
     if name == "sparse_probing":
         keys = {f"{kind}, {f'top {k}' if k else 'all'}": f"{kind.lower()}_{f'top_{k}_' if k else ''}test_accuracy"
                 for kind in ("LLM", "SAE") for k in (0, 1, 2, 5)}
+    elif name == "sae_probes":  # the mean's keys are the metrics', a data set's SAEBench's
+        detail = {key.removeprefix(PREFIX): value for key, value in detail.items()}
+        within = within and {key.removeprefix(PREFIX): ends for key, ends in within.items()}
+        keys = {f"{head}{what}": f"{probe}_test_{measure}"
+                for what, measure in ((" (AUC)", "auc"), (" (accuracy)", "accuracy"))
+                for head, probe in (("LLM", "llm"), *((f"SAE, top {k}", f"sae_top_{k}") for k in PROBED))}
     elif name == "unlearning":
         keys = {METRICS["unlearning_score"].label: "unlearning_score"}
     else:

@@ -66,20 +66,34 @@ class ModelSide:
         Each text is cut to ``context`` tokens, BOS first (given also where the tokenizer adds none).
         """
         text = json.dumps([self.context, train, test], sort_keys=True).encode()
+        found = self._kept("labelled", name, text, lambda: self._compute({"train": train, "test": test}, name))
+        return tuple({label: self._spread(found, f"{part} {label}") for label in texts}
+                     for part, texts in (("train", train), ("test", test)))
+
+    def last_token(self, name: str, texts: list[str], labels: list[int]) -> Tensor:
+        """(texts, D) float32 activations of each text's last token, which has read all the others.
+
+        Of a longer text the last ``context`` tokens are read, BOS among them. ``labels`` tell equal texts of two data
+        sets apart.
+        """
+        text = json.dumps([self.context, texts, labels]).encode()
+        return self._kept("last", name, text, lambda: self._compute_last(texts, name))["rows"].float()
+
+    def _kept(self, kind: str, name: str, text: bytes, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``compute()`` makes of ``text``, which is a whole data set; from the cache if it is there."""
         self.keys[name] = hashlib.sha256(text).hexdigest()[:16]
         key = digest([*identity(self.lm, text), importlib.metadata.version("sae-bench")], 24)
-        file = self._files[name] = runs.cache() / "evaluation" / f"labelled-{key}.safetensors"
+        file = self._files[name] = runs.cache() / "evaluation" / f"{kind}-{key}.safetensors"
         with (contextlib.redirect_stdout(self._out[0]), contextlib.redirect_stderr(self._out[1]),
               alone(file, "labelled texts' activations")):
             found = _read(file)
             if found is None:
                 self.reused = False
                 with all_cores():
-                    found = self._compute({"train": train, "test": test}, name), {}
+                    found = compute(), {}
                 if sum(tensor.nbytes for tensor in found[0].values()) <= LIMIT:
                     _write(file, *found)
-        return tuple({label: self._spread(found[0], f"{part} {label}") for label in texts}
-                     for part, texts in (("train", train), ("test", test)))
+        return found[0]
 
     def learnt(self, name: str, settings: Any, compute: Callable[[], tuple[dict[str, Tensor], dict]]):
         """Tensors and JSON that ``compute()`` makes of a data set's activations under ``settings``, once."""
@@ -104,39 +118,71 @@ class ModelSide:
         """Activations of the tokens that are text, row by row, and where those tokens stand (texts, tokens)."""
         from sae_bench.sae_bench_utils import activation_collection
 
-        layer = parse_hook(self.lm.hook)[0]
-        if self._hooked is None:
-            self._hooked = to_hooked(self.lm, layer + 1)
-        model, found = self._hooked, {}
+        model, found = self._model(), {}
         ids = {f"{part} {label}": self._tokens(texts) for part, of in parts.items() for label, texts in of.items()}
-        # A text in several classes (SCR's groups overlap) is read once; batches are of like length.
-        once = sorted(dict.fromkeys(row for rows in ids.values() for row in rows), key=len)
-        place, pad = {row: number for number, row in enumerate(once)}, model.tokenizer.pad_token_id
-        read: list[Tensor] = []
-        with progress(sum(map(len, once)), f"activations of '{name}'", self.mode) as bar:
-            for start in range(0, len(once), BATCH):
-                some = _padded(once[start:start + BATCH], pad)
-                x = activation_collection.get_llm_activations(
-                    some.to(self.lm.device), model, BATCH, layer, self.lm.hook, mask_bos_pad_eos_tokens=True,
-                    show_progress=False).cpu()
-                mask = activation_collection.get_bos_pad_eos_mask(some, model.tokenizer).bool()
-                read += [one[kept] for one, kept in zip(x, mask)]
-                bar.advance(sum(map(len, once[start:start + BATCH])))
-        # One length for all: SCR and TPP mix the classes' texts.
-        longest = len(once[-1])
+        # A text in several classes (SCR's groups overlap) is read once. One length for all: SCR and TPP mix classes.
+        once = list(dict.fromkeys(tuple(row) for rows in ids.values() for row in rows))
+        number, longest = {row: place for place, row in enumerate(once)}, max(map(len, once))
+        tokens, text = self._padded(once, longest), [torch.empty(0)] * len(once)
+        with self._bar(name, once) as bar:
+            for some, width, x in self._batches(once, tokens, bar, masked=True):
+                masks = activation_collection.get_bos_pad_eos_mask(tokens[some, :width], model.tokenizer)
+                for place, one, mask in zip(some, x, masks):
+                    text[place] = one[mask]
         for key, rows in ids.items():
-            mask = activation_collection.get_bos_pad_eos_mask(_padded(rows, pad, longest), model.tokenizer).bool()
-            found |= {"mask " + key: mask, "rows " + key: torch.cat([read[place[row]] for row in rows])}
+            mask = activation_collection.get_bos_pad_eos_mask(self._padded(rows, longest), model.tokenizer)
+            found |= {"mask " + key: mask, "rows " + key: torch.cat([text[number[tuple(row)]] for row in rows])}
         return found
 
-    def _tokens(self, texts: list[str]) -> list[tuple[int, ...]]:
-        cut = self.lm.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.context - 1)
-        return [(self.lm.bos_id, *row) for row in cut["input_ids"]]
+    def _compute_last(self, texts: list[str], name: str) -> dict[str, Tensor]:
+        """Activations of last tokens; a text that stands several times is read once."""
+        number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        rows = self._tokens(list(number), last=True)
+        tokens = self._padded(rows, max(map(len, rows)))
+        x = torch.zeros(len(rows), self.lm.d_model, dtype=self.lm.dtype)
+        with self._bar(name, rows) as bar:
+            for some, _, read in self._batches(rows, tokens, bar, masked=False):
+                x[some] = read[range(len(some)), [len(rows[place]) - 1 for place in some]]
+        return {"rows": x[[number[text] for text in texts]]}
 
+    def _model(self):
+        if self._hooked is None:
+            self._hooked = to_hooked(self.lm, parse_hook(self.lm.hook)[0] + 1)
+        return self._hooked
 
-def _padded(rows: list[tuple[int, ...]], pad: int, longest: int = 0) -> Tensor:
-    """Ids (texts, tokens), padded at the right."""
-    return torch.tensor([[*row, *[pad] * (max(longest, max(map(len, rows))) - len(row))] for row in rows])
+    def _padded(self, rows: list[list[int]], length: int) -> Tensor:
+        tokens = torch.full((len(rows), length), self._model().tokenizer.pad_token_id)
+        for place, row in enumerate(rows):
+            tokens[place, :len(row)] = torch.tensor(row)
+        return tokens
+
+    def _bar(self, name: str, *sets: list[list[int]]):
+        return progress(sum(len(row) for rows in sets for row in rows), f"activations of '{name}'", self.mode)
+
+    def _batches(self, rows: list[list[int]], tokens: Tensor, bar, masked: bool):
+        """Batches of padded ``tokens``, whose ids are ``rows``: places, width, and what the model makes of them.
+
+        ``masked``: of BOS, padding and EOS it is zero.
+        """
+        from sae_bench.sae_bench_utils import activation_collection
+
+        model, layer = self._model(), parse_hook(self.lm.hook)[0]
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+        for start in range(0, len(order), BATCH):  # of like length, cut to the longest
+            some = order[start:start + BATCH]
+            width = len(rows[some[-1]])
+            yield some, width, activation_collection.get_llm_activations(
+                tokens[some, :width].to(self.lm.device), model, BATCH, layer, self.lm.hook,
+                mask_bos_pad_eos_tokens=masked, show_progress=False).cpu()
+            bar.advance(sum(len(rows[place]) for place in some))
+
+    def _tokens(self, texts: list[str], last: bool = False) -> list[list[int]]:
+        """Ids of texts, BOS first, cut to the first (or last) ``context``."""
+        tokenizer, room = self.lm.tokenizer, self.context - 1
+        if last:
+            return [[self.lm.bos_id, *row[-room:]] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        cut = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room)
+        return [[self.lm.bos_id, *row] for row in cut["input_ids"]]
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict] | None:

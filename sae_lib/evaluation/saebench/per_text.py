@@ -1,4 +1,4 @@
-"""Which test texts SAEBench's probes put in the right class, as they pass by: what intervals are drawn from.
+"""What SAEBench's probes say of each test text, as they pass by: what intervals are drawn from.
 
 SAEBench keeps a probe's accuracy and forgets the texts. Its probes are asked again on the rows that it tested them on,
 and its draws of texts are repeated with their numbers. Texts of a data set are drawn together for all its probes,
@@ -28,6 +28,8 @@ class Answers:
         number = {text: place for place, text in enumerate(dict.fromkeys(t for own in texts.values() for t in own))}
         self._numbers = {label: torch.tensor([number[t] for t in own], dtype=torch.float64)[:, None]
                          for label, own in texts.items()}
+        self.number = number
+        """Place of each text."""
         self.n = len(number)
         """Texts; one that is in several classes counts once, and is drawn for all."""
         self._correct: list[np.ndarray] = []
@@ -69,6 +71,44 @@ class Answers:
             return (weights @ np.stack(self._correct, 1)) / (weights @ np.stack(self._asked, 1))
 
 
+class Scored(Answers):
+    """The scores of sae-probes' binary probes on one data set's test texts, which stand in an order of their own."""
+
+    def __init__(self, texts: list[str], labels: np.ndarray):
+        super().__init__({str(label): [text for text, own in zip(texts, labels, strict=True) if own == label]
+                          for label in np.unique(labels)})
+        self._places, self._labels = np.array([self.number[text] for text in texts]), np.asarray(labels) == 1
+        self._held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def scored(self, name: str, predicted: np.ndarray, scores: np.ndarray) -> None:
+        """Note what probe ``name`` says of each test text: its class (n,), and a score (n,) that is higher for class 1.
+        """
+        self._held[name] = np.asarray(predicted) == 1, np.asarray(scores)
+
+    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """(W,) accuracy, AUC and F1 of each probe with texts counted as often as ``weights`` (W, N) say.
+
+        They are scikit-learn's, with sample weights; F1 is the mean of both classes', weighted by their size.
+        """
+        found, rows = {}, weights[:, self._places]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for name, (predicted, scores) in self._held.items():
+                found[f"{name}_test_accuracy"] = rows @ (predicted == self._labels) / rows.sum(1)
+                found[f"{name}_test_auc"] = _auc(rows, self._labels, scores)
+                found[f"{name}_test_f1"] = sum(
+                    rows @ own * 2 * (rows @ (own & said)) / np.maximum(rows @ own + rows @ said, 1e-12)
+                    for own, said in ((self._labels, predicted), (~self._labels, ~predicted))) / rows.sum(1)
+        return found
+
+
+def _auc(weights: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(W,) share of pairs of the two classes in which class 1 has the higher score; of ties, half."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    own, other = (np.add.reduceat(weights[:, order] * of[order], starts, axis=1) for of in (labels, ~labels))
+    return (own * (other.cumsum(1) - other / 2)).sum(1) / (own.sum(1) * other.sum(1))
+
+
 @contextlib.contextmanager
 def listening(answers: Answers, test: dict[str, Tensor]) -> Iterator[None]:
     """While SAEBench trains sparse probes: their answers on the activations ``test``, by class, are noted."""
@@ -107,18 +147,18 @@ Figures = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 def point(parts: list[tuple[Answers, Figures]]) -> dict[str, float]:
     """Each metric, the mean over data sets, with every text counted once: SAEBench's own value."""
-    found = _means([figures(answers.accuracies(np.ones((1, answers.n)))) for answers, figures in parts])
+    found = means([figures(answers.accuracies(np.ones((1, answers.n)))) for answers, figures in parts])
     return {name: float(values[0]) for name, values in found.items()}
 
 
 def within(parts: list[tuple[Answers, Figures]]) -> dict[str, object]:
     """A report's ``within_this_sae`` for the means over data sets, whose texts are drawn one by one."""
-    return intervals.within(BY, _means([
+    return intervals.within(BY, means([
         intervals.spread(answers.n, lambda weights, a=answers, f=figures: f(a.accuracies(weights)),
                          strata=answers.strata, seed=number) for number, (answers, figures) in enumerate(parts)]))
 
 
-def _means(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def means(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Mean over the data sets that have a metric, draw by draw, as SAEBench averages; NaN where none has."""
     means = {}
     for name in dict.fromkeys(name for one in found for name in one):
