@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from sae_lib import params
+from sae_lib.data import language_model
 
 TINY = {"model": "tiny", "layer": 1, "dtype": "float32", "corpus": "tiny", "tokens": 6000, "context": 32,
         "store_shard_tokens": 1024, "mode": "batch", "device": "cpu"}
+
+# Before a test module imports a package that imports it, beside a torchvision that does not load.
+language_model.import_transformers()
 
 
 @pytest.fixture(scope="session", autouse=True)
