@@ -270,10 +270,12 @@ def claims_table(rng, shift=0.0):
 def test_the_rate_of_false_claims_is_the_nominal_one():
     rng = np.random.default_rng(0)
     found = false_claims.rate((claims_table(rng) for _ in range(150)), ["mcc", "mse"]).set_index("metric")
-    assert found.pairs.tolist() == [150] * 3
+    assert found.pairs.tolist() == [150] * 4
     for metric in ("mcc", "mse"):
         assert found.low[metric] < 0.05 < found.high[metric]
     assert found.claims[false_claims.ANY] >= found.claims[["mcc", "mse"]].max()
+    assert found.low[false_claims.ANY_COUNTED] < 0.05 and (
+        found.claims[false_claims.ANY_COUNTED] < found.claims[false_claims.ANY])
     shifted = false_claims.rate((claims_table(rng, 100.0) for _ in range(5)), ["mcc"]).set_index("metric")
     assert shifted.share["mcc"] == 1 and shifted.low["mcc"] == pytest.approx(0.025 ** (1 / 5))
     few = claims_table(rng).iloc[[0, 1, 3, 4]]

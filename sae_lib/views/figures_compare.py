@@ -15,7 +15,7 @@ from sae_lib.metrics import METRICS
 from sae_lib.views.template import GREY, GREY_INK, dress, mark, smaller, style, value_within
 
 TABLE = ("explained_variance", "ce_loss_score", "kl_div_score", "l0", "dead_share", "mean_cos2",
-         "mean_full_absorption_score")
+         "mean_full_absorption_score", "mcc", "true_absorption")
 PANELS = ("explained_variance", "mse", "l0", "kl_div_with_sae")
 WITHIN = "small: 95 % within this SAE, with other text; between variants it says nothing"
 
@@ -234,7 +234,8 @@ def grey(shown: pd.DataFrame, nulls: pd.DataFrame) -> pd.DataFrame:
 def claims(differences: pd.DataFrame) -> pd.DataFrame:
     """The differences for the page: metrics by their labels and directions."""
     return differences.assign(metric=differences.metric.map(
-        lambda name: f"{METRICS[name].label} ({METRICS[name].reading})"))
+        lambda name: f"{METRICS[name].label} ({METRICS[name].reading})")).rename(
+        columns={"all_metrics": "once all metrics are counted"})
 
 
 def all_figures(comparison) -> dict[str, go.Figure]:
