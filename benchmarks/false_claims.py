@@ -30,8 +30,7 @@ WORLD = {"d_in": 32, "features": 64, "rows": 50_000, "heldout": 4000, "parents":
 VARIANT = {"architecture": "topk", "d_sae": 96, "k": 4, "samples": 150_000}
 EMBEDDED = {"model": "smollm2", "architecture": "topk", "d_sae": 2048, "k": 32, "samples": 400_000, "mode": "batch"}
 EVALUATED = {"evals": ["core", "sparse_probing"], "eval_preset": "default", "mode": "batch", "nulls": []}
-TOLD_APART = ("explained_variance", "ce_loss_score", "sae_top_1_test_accuracy", "sae_top_5_test_accuracy",
-              "sae_test_accuracy")
+TOLD_APART = ("explained_variance", "ce_loss_score", "sae_top_1_test_accuracy", "sae_top_5_test_accuracy")
 METRICS = ("explained_variance", "mse", "l0", "dead_share", "unused_share", "mean_cos2", "norm_ratio", "mcc",
            "recovered")
 

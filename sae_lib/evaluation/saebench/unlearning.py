@@ -70,7 +70,7 @@ def unlearning(sae, lm, preset: str = "default", *, folder: str | None = None, s
         return _none(sae, lm, declared, f"the model knows {said}: some of each are needed", report["config"])
     report["config"]["not_as_reported"] = reported.differences(preset, "unlearning", raw)
     metrics = checking.figures("unlearning", raw["eval_result_metrics"]["unlearning"], ["unlearning_score"])
-    report = finished(report, metrics, raw, work.l0, start, None)
+    report = finished(report, metrics, raw, work.l0, start, None, within={})
     known = work.known["wmdp-bio"][0]
     if known < FEW and not report["note"]:
         report["note"] = f"the model knows {known} questions on biology: the score moves in steps of {1 / known:.2g}"
