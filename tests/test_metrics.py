@@ -12,10 +12,10 @@ from sae_bench.evals.absorption.eval_output import AbsorptionMeanMetrics
 from sae_bench.evals.core import eval_output as core
 from sae_bench.evals.scr_and_tpp.eval_output import ScrMetrics, TppMetrics
 from sae_bench.evals.sparse_probing.eval_output import SparseProbingLlmMetrics, SparseProbingSaeMetrics
-from sae_bench.evals.sparse_probing_sae_probes.eval_output import SaeProbesLlmMetrics, SaeProbesSaeMetrics
 from sae_bench.evals.unlearning.eval_output import UnlearningMetrics
 
 from sae_lib import metrics, runs
+from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation import results
 from sae_lib.metrics import METRICS, saebench, saebench_tasks
 from sae_lib.views import figures_absorption, figures_compare, figures_explore
@@ -48,6 +48,9 @@ def test_all_that_saebench_reports_is_known():
 
 
 def test_all_that_sae_probes_reports_is_known_by_names_of_its_own():
+    import_transformers()  # sae-probes imports models
+    from sae_bench.evals.sparse_probing_sae_probes.eval_output import SaeProbesLlmMetrics, SaeProbesSaeMetrics
+
     names = {name for kind in (SaeProbesLlmMetrics, SaeProbesSaeMetrics) for name in kind.__dataclass_fields__}
     # SAEBench has a field for a probe on all latents, and never fills it.
     assert {saebench_tasks.PREFIX + name for name in names - {"sae_test_accuracy"}} == {

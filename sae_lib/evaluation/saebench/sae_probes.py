@@ -198,4 +198,5 @@ class Work:
 
 def _module(name: str):
     """A module of sae-probes; its package has functions by the names of some."""
+    import_transformers()
     return importlib.import_module(f"sae_probes.{name}")
