@@ -39,3 +39,17 @@ class Planted:
 
     def heldout(self, limit=None):
         return self._batch(self.test[:limit])
+
+
+class Interrupted(Planted):
+    """Ends with a fault after some batches, as a kill between two steps would."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def batches(self, batch_size, samples, **how):
+        for number, batch in enumerate(super().batches(batch_size, samples, **how)):
+            if samples > batch_size * 2 and number == self.after:
+                raise OSError("interrupted")
+            yield batch

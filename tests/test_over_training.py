@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import Planted
+from synthetic import Interrupted, Planted
 
 from sae_lib import params, runs, verify
 from sae_lib.data import activations
@@ -28,20 +28,6 @@ VARIANTS = {"topk": {}, "orthogonal": {"ingredients": [{"name": "progressive_ort
 
 
 # -- training ------------------------------------------------------------------------------------------------------
-
-class Interrupted(Planted):
-    """Ends with a fault after some batches, as a kill between two steps would."""
-
-    def __init__(self, after):
-        super().__init__()
-        self.after = after
-
-    def batches(self, batch_size, samples, **how):
-        for number, batch in enumerate(super().batches(batch_size, samples, **how)):
-            if samples > batch_size * 2 and number == self.after:
-                raise OSError("interrupted")
-            yield batch
-
 
 def train(home, source=None, **values):
     """Train in a home; a fault of the source is swallowed."""

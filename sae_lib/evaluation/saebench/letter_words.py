@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import string
 import tempfile
 from collections import Counter
@@ -18,12 +17,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lib import runs
 from sae_lib.data import words as vocabulary
+from sae_lib.evaluation import kept_tensors
 from sae_lib.evaluation.saebench.adapter import in_place, quiet, seeded
 from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.params import digest
@@ -200,9 +198,7 @@ def _compute(words: Words, tokenizer, bos_id: int, load, file: Path, d_model: in
                "labels": torch.cat([data["y_train"], data["y_test"]]),
                "weight": probe.weights.detach(), "bias": probe.biases.detach(),
                "prompts": torch.stack([*again.known.values()]) if again.known else torch.empty(0, d_model)}
-    with runs.whole(file) as temporary:
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, temporary,
-                  {"about": json.dumps(about), "made_for": file.stem})
+    kept_tensors.write(file, {name: tensor.clone() for name, tensor in tensors.items()}, about)
 
 
 def _splits(words: Words) -> tuple[str, dict[str, str], list, list]:
@@ -245,14 +241,13 @@ def _read(file: Path) -> Material | None:
 
     It is computed again then, and replaced.
     """
+    held = kept_tensors.read(file)
+    if held is None:
+        return None
+    tensors, about = held
     try:
-        with safe_open(file, "pt") as handle:
-            if (handle.metadata() or {})["made_for"] != file.stem:
-                return None
-            about = json.loads(handle.metadata()["about"])
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         prompts = dict(zip(about["prompts"], tensors["prompts"]))
         return Material(about["letters"], about["dropped"], about["words"], tensors["x"], tensors["labels"].tolist(),
                         about["train"], tensors["weight"], tensors["bias"], prompts, about["dtype"], True)
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except KeyError:
         return None

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lib import runs
 from sae_lib.data.assets import AssetError
 from sae_lib.data.language_model import parse_hook
+from sae_lib.evaluation import kept_tensors
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.rerun import identity
 from sae_lib.evaluation.saebench import checking
@@ -86,13 +85,13 @@ class ModelSide:
         file = self._files[name] = runs.cache() / "evaluation" / f"{kind}-{key}.safetensors"
         with (contextlib.redirect_stdout(self._out[0]), contextlib.redirect_stderr(self._out[1]),
               alone(file, "labelled texts' activations")):
-            found = _read(file)
+            found = kept_tensors.read(file)
             if found is None:
                 self.reused = False
                 with all_cores():
                     found = compute(), {}
                 if sum(tensor.nbytes for tensor in found[0].values()) <= LIMIT:
-                    _write(file, *found)
+                    kept_tensors.write(file, *found)
         return found[0]
 
     def learnt(self, name: str, settings: Any, compute: Callable[[], tuple[dict[str, Tensor], dict]]):
@@ -101,11 +100,11 @@ class ModelSide:
         key = digest([made, settings, importlib.metadata.version("scikit-learn")], 24)
         file = runs.cache() / "evaluation" / f"probes-{key}.safetensors"
         with alone(file, "probes of the model"):
-            found = _read(file)
+            found = kept_tensors.read(file)
             if found is None:
                 self.reused = False
                 found = compute()
-                _write(file, *found)
+                kept_tensors.write(file, *found)
         return found
 
     def _spread(self, tensors: dict[str, Tensor], key: str) -> Tensor:
@@ -183,27 +182,6 @@ class ModelSide:
             return [[self.lm.bos_id, *row[-room:]] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         cut = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room)
         return [[self.lm.bos_id, *row] for row in cut["input_ids"]]
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """Tensors and JSON of a file; None where there is none, or one that is damaged or was made for another name.
-
-    It is computed again then, and replaced.
-    """
-    try:
-        with safe_open(file, "pt") as handle:
-            if (handle.metadata() or {})["made_for"] != file.stem:
-                return None
-            about = json.loads(handle.metadata()["about"])
-            return {name: handle.get_tensor(name) for name in handle.keys()}, about  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return None
-
-
-def _write(file: Path, tensors: dict[str, Tensor], about: dict) -> None:
-    with runs.whole(file) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary,
-                  {"about": json.dumps(about), "made_for": file.stem})
 
 
 def sae_batch(d_sae: int, context: int) -> int:
