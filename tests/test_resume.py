@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import TINY
-from synthetic import Planted
+from synthetic import Interrupted, Planted
 
 from sae_lib import presence, runs, verify
 from sae_lib.data import activations
@@ -31,20 +31,6 @@ CONTROLLED = {"architecture": "standard", "l1": 5.0, "target_l0": 4}
 
 
 # -- in one process ------------------------------------------------------------------------------------------------
-
-class Interrupted(Planted):
-    """Ends with a fault after some batches, as a kill between two steps would."""
-
-    def __init__(self, after):
-        super().__init__()
-        self.after = after
-
-    def batches(self, batch_size, samples, **how):
-        for number, batch in enumerate(super().batches(batch_size, samples, **how)):
-            if samples > batch_size * 2 and number == self.after:
-                raise OSError("interrupted")
-            yield batch
-
 
 def train(home, source=None, **values):
     """Train in a home; a fault of the source is swallowed and gives None."""
@@ -84,6 +70,16 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(homes, values, capsys)
     assert resumed.report["resumed_at"] == [30, 50] and whole.report["resumed_at"] == []
     assert "going on from the checkpoint of step 50 of 100" in capsys.readouterr().out
     assert resumed.report["seconds"] > 0 and math.isfinite(resumed.report["seconds"])
+
+
+def test_a_training_of_one_thread_keeps_to_one_as_numba_starts(tmp_path):
+    """In a process of its own: numba starts once."""
+    code = ("import sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(2); "
+            f"from test_resume import *; home = {str(tmp_path)!r}; "
+            "print(*(train(home, overwrite=True, **values)[0].report['threads'] "
+            "for values in ({}, CONTROLLED, {'threads': 2})), torch.get_num_threads())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.project(), capture_output=True, text=True, timeout=300)
+    assert done.stdout.split()[-4:] == ["1", "1", "2", "2"], done.stdout + done.stderr
 
 
 def newest(run):

@@ -20,6 +20,7 @@ from sae_lib.progress import Progress
 from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
+from sae_lib.sae.kernels import cpu
 from sae_lib.training import checkpoint, measure, phases, snapshots, terms
 from sae_lib.training.adam import Adam
 from sae_lib.training.ingredients import Ingredient, configured
@@ -68,6 +69,7 @@ class Trainer:
         self.p, self.source, self.folder = p, source, folder
         if p.threads:
             torch.set_num_threads(p.threads)
+        cpu.same_threads()
         keep_freed_memory()
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if p.device == "auto" else p.device
         # Each use of chance has a stream of its own from the one seed: an ingredient that draws numbers changes

@@ -20,8 +20,13 @@ BLOCK = 32
 
 
 def same_threads() -> None:
-    """Use as many threads as torch does."""
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    """Use as many threads as torch does, which keeps its number.
+
+    numba's OpenMP, as it starts, sets the number of threads to all cores, and torch's with it where they share one.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))
+    torch.set_num_threads(threads)
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
