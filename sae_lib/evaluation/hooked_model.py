@@ -41,7 +41,8 @@ def to_hooked(lm, n_layers: int | None = None):
     whole = count == len(layers) and not isinstance(lm.hf.model.norm, nn.Identity)
 
     fields = _shared_config(lm, count, architecture) | CONFIGS[architecture](lm.hf.config, count)
-    cfg = HookedTransformerConfig(**fields, dtype=lm.dtype, device=str(lm.device), default_prepend_bos=True)
+    cfg = HookedTransformerConfig(**fields, dtype=lm.dtype, device=str(lm.device), default_prepend_bos=True,
+                                  init_weights=False)  # all are given below
     model = HookedTransformer(cfg, move_to_device=False)
     with torch.no_grad():
         weights = _convert(architecture, _parts(lm.hf, layers[:count], whole), cfg)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sae_lib.evaluation.rerun import Rerun
 
-CHUNK = 2**22
-"""Logits that are held at once, about: they stay in the processor's cache."""
+CHUNK = 2**26
+"""Logits that are held at once, about: 256 MB. With fewer, TransformerLens' copy of W_U at each call tells."""
 ALONE = ("mean", "lse", "loss", "ablated lse", "ablated loss", "ablated kl")
 
 
@@ -55,9 +55,8 @@ def _alone(model: Rerun, tokens: Tensor, x: Tensor, final: Tensor) -> tuple[Tens
     """ALONE of a batch: the plain model, and the model with the activation removed."""
     lse, loss, mean = _over_vocabulary(model, final, tokens, mean=True)
     removed = model.changed(torch.zeros_like(x))  # (1, T, D)
-    ablated = removed.expand_as(final)
-    ablated_lse, ablated_loss, _ = _over_vocabulary(model, ablated, tokens)
-    return mean, lse, loss, ablated_lse, ablated_loss, _kl(mean, lse, final, ablated_lse, ablated)
+    ablated_lse, ablated_loss = _of_one_row(model, removed, tokens)
+    return mean, lse, loss, ablated_lse, ablated_loss, _kl(mean, lse, final, ablated_lse, removed)
 
 
 def _kl(mean: Tensor, lse: Tensor, final: Tensor, other_lse: Tensor, other: Tensor) -> Tensor:
@@ -71,8 +70,7 @@ def _over_vocabulary(model: Rerun, final: Tensor, tokens: Tensor, mean: bool = F
 
     The loss of a token is that of predicting the next.
     """
-    following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)  # the last has none, and is cut off below
-    rows, targets = final.reshape(-1, final.shape[-1]), following.reshape(-1)
+    rows, targets = final.reshape(-1, final.shape[-1]), _following(tokens).reshape(-1)
     size, parts = max(1, CHUNK // model.cfg.d_vocab), []
     for part, target in zip(rows.split(size), targets.split(size)):
         logits = model.unembed(part[None])[0]
@@ -82,3 +80,19 @@ def _over_vocabulary(model: Rerun, final: Tensor, tokens: Tensor, mean: bool = F
     lse, loss, means = (torch.cat(some) for some in zip(*parts))
     return (lse.view(tokens.shape), loss.view(tokens.shape)[:, :-1].contiguous(),
             means.view(final.shape) if mean else None)
+
+
+def _of_one_row(model: Rerun, final: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the logits (1, T) of a stream (1, T, D) that all rows share, and their losses (B, T - 1)."""
+    lse, losses = [], []
+    size = max(1, CHUNK // model.cfg.d_vocab)
+    for part, target in zip(final[0].split(size), _following(tokens).T.split(size)):
+        logits = model.unembed(part[None])[0]
+        lse.append(logits.logsumexp(-1))
+        losses.append(lse[-1][:, None] - logits.gather(1, target))
+    return torch.cat(lse)[None], torch.cat(losses).T[:, :-1].contiguous()
+
+
+def _following(tokens: Tensor) -> Tensor:
+    """The token after each (B, T); the last has none, and what is said of it is cut off."""
+    return torch.cat([tokens[:, 1:], tokens[:, :1]], 1)
