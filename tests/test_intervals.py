@@ -3,8 +3,15 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from synthetic import Planted
 
-from sae_lib.evaluation import intervals, letter_reports
+from sae_lib import intervals
+from sae_lib.evaluation import letter_reports
+from sae_lib.metrics import explained_variance
+from sae_lib.sae import architectures
+from sae_lib.sae.autoencoder import SparseAutoencoder
+from sae_lib.training import measure
 
 
 def mean_of(values):
@@ -59,3 +66,26 @@ def test_letters_intervals_are_of_means_over_seeds_of_means_over_letters():
     by_hand = [np.mean([np.mean([draw.choice(own.y, len(own)).mean() for _, own in of_seed.groupby("letter")])
                         for _, of_seed in chosen.groupby("seed")]) for _ in range(4000)]
     assert letter_reports.within(words, kept, "y") == pytest.approx(np.quantile(by_hand, [0.025, 0.975]), abs=0.015)
+
+
+def test_intervals_of_what_training_measures_are_those_of_resampled_blocks():
+    """Each figure computed anew on the rows of redrawn blocks, of an SAE whose L0 differs by token."""
+    g, rows = torch.Generator().manual_seed(0), Planted(rows=4096).heldout()
+    sae = SparseAutoencoder.initialise(64, torch.zeros(32), architectures.get("standard")(), g)
+    found = measure.heldout(sae, rows, 0.7)
+    within = found.pop("within_this_sae")
+    assert within.pop("by") == "bootstrap over blocks of text" and within.pop("level") == 0.95
+    assert within.keys() == {"explained_variance", "l0", "mse", "norm_ratio"}
+    draw, blocks, drawn = np.random.default_rng(0), rows.block.unique(), []
+    assert len(blocks) == 32 and found["heldout_tokens"] == 512
+    x_hat, active = sae(rows.x), (sae.encode(rows.x) > 0).sum(1)
+    for _ in range(3000):
+        chosen = torch.cat([(rows.block == block).nonzero()[:, 0] for block in draw.choice(blocks, len(blocks))])
+        x, out = rows.x[chosen], x_hat[chosen]
+        drawn.append({"explained_variance": explained_variance(x, out), "l0": active[chosen].double().mean(),
+                      "mse": (0.49 * (x - out).square().sum(1)).double().mean(),
+                      "norm_ratio": (out.norm(dim=1) / x.norm(dim=1)).double().mean()})
+    for name, ends in within.items():
+        low, high = np.quantile([float(one[name]) for one in drawn], [0.025, 0.975])
+        assert low < found[name] < high and ends == pytest.approx([low, high], abs=0.1 * (high - low)), name
+    assert measure.heldout(sae, rows._replace(block=torch.zeros(512)), 0.7)["within_this_sae"] == {}

@@ -46,7 +46,7 @@ def test_components_explain_what_their_eigenvalues_say(planted, k):
     assert said == pytest.approx(float(exact[:k].sum() / exact.sum()), abs=1e-5)
     codes = null.encode(rows)
     assert codes.shape[1] == k and (codes < 0).any() and (codes > 0).any()
-    assert measure.heldout(null, rows, 1.0)["l0"] == k
+    assert measure.heldout(null, source._batch(rows), 1.0)["l0"] == k
 
 
 def test_the_residual_stream_in_place_of_itself_loses_nothing(planted):
@@ -60,7 +60,7 @@ def test_nulls_are_as_sparse_as_the_run_in_every_architecture(planted, name):
     source, held, _ = planted
     for null in ("random", "untrained"):
         made = null_saes.make(null, shaped(name), 4.3, held)
-        assert measure.heldout(made, source.test, source.scale)["l0"] == pytest.approx(4, rel=0.1), null
+        assert measure.heldout(made, source.heldout(), source.scale)["l0"] == pytest.approx(4, rel=0.1), null
         again = null_saes.make(null, shaped(name), 3.8, held)
         assert nulls.weights_digest(again) == nulls.weights_digest(made), "runs of nearly equal L0 share it"
     cosines = (made.W_enc * made.W_dec).sum(1)

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lib import params, runs
+from sae_lib import intervals, params, runs
 from sae_lib.data import corpus
-from sae_lib.evaluation import importance, intervals, masked_passes, validity
+from sae_lib.evaluation import importance, masked_passes, validity
 from sae_lib.evaluation.importance import Importance
 from sae_lib.evaluation.saebench import packed
 from sae_lib.evaluation.saebench.adapter import check_sae

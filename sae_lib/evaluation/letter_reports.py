@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_lib import runs
-from sae_lib.evaluation import intervals, validity
+from sae_lib import intervals, runs
+from sae_lib.evaluation import validity
 from sae_lib.params import digest
 
 FIGURES = ("full_absorption", "fully_absorbed", "absorption_fraction", "splits")

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lib.evaluation import intervals
+from sae_lib import intervals
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.rerun import Rerun, file_of
 from sae_lib.evaluation.saebench import left_out
 from sae_lib.evaluation.saebench.adapter import settings
 from sae_lib.evaluation.sharing import all_cores, alone
+from sae_lib.metrics import explained_variance_by_part
 from sae_lib.progress import progress
 from sae_lib.sae.context import Context
 from sae_lib.sae.kept import keep
@@ -62,12 +63,12 @@ class Sums(NamedTuple):
 
     def _of(self, mask: int, own: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """The figures (W,) of blocks counted as often as ``weights`` (W, n) say."""
-        rows = weights @ self.rows[own]
-        variance = weights @ self.squares[own] - np.square(weights @ self.total[own]).sum(1) / rows
+        explained = explained_variance_by_part(self.total[own], self.squares[own], self.error[mask, own],
+                                               self.rows[own], weights)
         gained = weights @ (self.ablated[own] - self.loss[mask, own])
-        return {"explained_variance": 1 - (weights @ self.error[mask, own]) / variance,
+        return {"explained_variance": explained,
                 "loss_recovered": gained / (weights @ (self.ablated[own] - self.clean[own])),
-                "l0": (weights @ self.active[mask, own]) / rows}
+                "l0": (weights @ self.active[mask, own]) / (weights @ self.rows[own])}
 
 
 def run(sae, lm, blocks: Tensor, corpora: list[str], masks: list[tuple[Tensor, set[str]]], *, threads: int = 0,

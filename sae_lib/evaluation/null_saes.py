@@ -49,9 +49,9 @@ class Ground(NamedTuple):
 class Signed(Dense):
     """Codes that may be negative: every entry but 0 is active."""
 
-    def l0(self) -> float:
-        """Mean number of entries other than 0 per token."""
-        return float((self.values != 0).sum(1).float().mean())
+    def active(self) -> Tensor:
+        """(B,) number of entries other than 0 of each token."""
+        return (self.values != 0).sum(1)
 
     def fired(self) -> Tensor:
         """(F,) bool: which entries are other than 0 on any token."""

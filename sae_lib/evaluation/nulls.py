@@ -51,7 +51,7 @@ def of_evaluations(p: params.Evaluate, run: runs.Run, asked: params.Train, sae: 
     here = {"comparable": digest([HELDOUT, content])}
 
     def measured(name: str, null: SparseAutoencoder) -> dict[str, Any]:
-        return {"metrics": _on_heldout(null, asked), "config": here} if name == HELDOUT else evaluate(name, null)
+        return _on_heldout(null, asked) | {"config": here} if name == HELDOUT else evaluate(name, null)
 
     found = beside(p.nulls, run, asked, sae, {HELDOUT: {"config": here}, **reports}, measured)
     before = run.json("evals/nulls.json", {})
@@ -161,7 +161,9 @@ def _on_residual(report: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _on_heldout(null: SparseAutoencoder, asked: params.Train) -> dict[str, Any]:
-    """What training.json says of an SAE, where it can be said of a null."""
+    """What training.json says of an SAE, where it can be said of a null, as a report."""
     source = activations.source(asked)
-    x = source.heldout().x
-    return measure.heldout(null, x, source.scale) | {"mean_cos2": measure.weights(null, x)["mean_cos2"]}
+    rows = source.heldout()
+    found = measure.heldout(null, rows, source.scale)
+    within = found.pop("within_this_sae")
+    return {"metrics": found | {"mean_cos2": measure.weights(null, rows.x)["mean_cos2"]}, "within_this_sae": within}

@@ -11,9 +11,9 @@ import hashlib
 import time
 from typing import Any
 
-from sae_lib import params, runs
+from sae_lib import intervals, params, runs
 from sae_lib.data import activations
-from sae_lib.evaluation import intervals, masked_passes, validity
+from sae_lib.evaluation import masked_passes, validity
 from sae_lib.evaluation.saebench import PRESETS, as_read, fit, packed
 from sae_lib.evaluation.saebench.adapter import check_sae
 from sae_lib.params import digest

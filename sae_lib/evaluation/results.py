@@ -89,7 +89,7 @@ def _read(run: runs.Run) -> dict[str, Any]:
     row |= {name: t.get(name) for name in TRAINING} | {name: core.get("metrics", {}).get(name) for name in CORE}
     row |= {f"loss/{key}": value for key, value in t.get("final_loss", {}).items()}
     row |= {f"share/{key}": value["median_share"] for key, value in t.get("terms", {}).items()}
-    row |= _within(core, CORE)
+    row |= _within(t, TRAINING) | _within(core, CORE)
     absorption = run.json("evals/absorption.json", {})
     row |= _within(absorption, LETTERS)
     row |= {name: absorption.get("metrics", {}).get(name) for name in LETTERS}

@@ -6,11 +6,11 @@ evaluations do.
 
 from sae_lib.metrics import saebench, saebench_tasks, workbook
 from sae_lib.metrics.metric import Metric
-from sae_lib.metrics.workbook import explained_variance, mean_cos2
+from sae_lib.metrics.workbook import explained_variance, explained_variance_by_part, mean_cos2
 
 METRICS: dict[str, Metric] = {**workbook.METRICS, **saebench.METRICS, **saebench_tasks.METRICS}
 
-__all__ = ["METRICS", "Metric", "explained_variance", "mean_cos2", "of_core"]
+__all__ = ["METRICS", "Metric", "explained_variance", "explained_variance_by_part", "mean_cos2", "of_core"]
 
 
 def of_core(name: str) -> str:

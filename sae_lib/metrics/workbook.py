@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,18 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> float:
     """
     x, x_hat = x.double(), x_hat.double()
     return 1 - float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+
+
+def explained_variance_by_part(x_sum: np.ndarray, squares: np.ndarray, error: np.ndarray, rows: np.ndarray,
+                               weights: np.ndarray) -> np.ndarray:
+    """Explained variance (W,) of N parts counted as often as ``weights`` (W, N) say, from their moments.
+
+    Of each part: sum of its activations (N, D), of their squared norms (N,), of the squared errors (N,), and how many
+    activations (N,). With equal weights it is ``explained_variance`` of all; of no rows, or of equal ones, NaN.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variance = weights @ squares - np.square(weights @ x_sum).sum(1) / (weights @ rows)
+        return 1 - (weights @ error) / variance
 
 
 def mean_cos2(rows: Tensor, block: int = 2048) -> float:

@@ -40,9 +40,13 @@ class FixedK:
         empty = self.values.new_zeros(len(self.values), self.n_latents)
         return empty.scatter_add(1, self.indices, self.values)
 
+    def active(self) -> Tensor:
+        """(B,) number of active latents of each token."""
+        return (self.values.detach() > 0).sum(1)
+
     def l0(self) -> float:
         """Mean number of active latents per token."""
-        return float((self.values.detach() > 0).sum(1).float().mean())
+        return float(self.active().float().mean())
 
     def fired(self) -> Tensor:
         """(F,) bool: which latents are active on any token of the batch."""
@@ -80,6 +84,10 @@ class CSR:
         """(B, F) latents."""
         empty = self.values.new_zeros(len(self.offsets) - 1, self.n_latents)
         return empty.index_put((self.rows(), self.indices), self.values, accumulate=True)
+
+    def active(self) -> Tensor:
+        """(B,) number of active latents of each token."""
+        return self.compact().offsets.diff()
 
     def l0(self) -> float:
         """Mean number of active latents per token."""
@@ -128,9 +136,13 @@ class Dense:
         """(B, F) latents."""
         return self.values
 
+    def active(self) -> Tensor:
+        """(B,) number of active latents of each token."""
+        return (self.values.detach() > 0).sum(1)
+
     def l0(self) -> float:
         """Mean number of active latents per token."""
-        return float((self.values.detach() > 0).sum(1).float().mean())
+        return float(self.active().float().mean())
 
     def fired(self) -> Tensor:
         """(F,) bool: which latents are active on any token of the batch."""

@@ -8,29 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lib.metrics import explained_variance, mean_cos2
+from sae_lib import intervals
+from sae_lib.metrics import explained_variance, explained_variance_by_part, mean_cos2
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.context import Context
 
 
 @torch.no_grad()
-def heldout(sae: SparseAutoencoder, x: Tensor, scale: float, block: int = 2048) -> dict[str, float]:
-    """Measures of ``sae`` on ``x`` (N, D), activations as the model gives them.
+def heldout(sae: SparseAutoencoder, rows, scale: float, size: int = 2048) -> dict[str, Any]:
+    """Measures of ``sae`` on the held-out ``rows`` of a store (N activations as the model gives them).
 
-    ``mse`` is in training units (activations times ``scale``), per token, summed over D.
+    ``mse`` is in training units (activations times ``scale``), per token, summed over D. ``within_this_sae``: how far
+    they rest on this text, drawn by block.
     """
-    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
-    active, parts = 0.0, []
-    for ctx in passes(sae, x, block):
+    x, fired = rows.x, torch.zeros(sae.d_sae, dtype=torch.bool)
+    active, parts = [], []
+    for ctx in passes(sae, x, size):
         parts.append((ctx.reconstruction / sae.input_scale).cpu())
         fired |= ctx.fired.cpu()
-        active += ctx.codes.l0() * len(ctx.x)
+        active.append(ctx.codes.active().cpu())
     x_hat = torch.cat(parts)
     norms = x.norm(dim=1).clamp_min(1e-12)
-    return {"explained_variance": explained_variance(x, x_hat), "l0": active / len(x),
-            "mse": float((scale * (x - x_hat)).square().sum(1).double().mean()),
-            "norm_ratio": float((x_hat.norm(dim=1) / norms).double().mean()),
-            "unused_share": float((~fired).double().mean()), "heldout_tokens": len(x)}
+    by_token = {"l0": torch.cat(active).double(), "mse": (scale * (x - x_hat)).square().sum(1).double(),
+                "norm_ratio": (x_hat.norm(dim=1) / norms).double()}
+    return {"explained_variance": explained_variance(x, x_hat), **{k: float(v.mean()) for k, v in by_token.items()},
+            "unused_share": float((~fired).double().mean()), "heldout_tokens": len(x),
+            "within_this_sae": _within(x, x_hat, by_token, rows.block)}
+
+
+def _within(x: Tensor, x_hat: Tensor, by_token: dict[str, Tensor], block: Tensor) -> dict[str, object]:
+    """Intervals of explained variance and of means over tokens; empty where there are fewer than two blocks."""
+    which = block.long().unique(return_inverse=True)[1]
+    n = int(which.max()) + 1 if len(which) else 0
+    if n < 2:
+        return {}
+    x, x_hat = x.double(), x_hat.double()
+    columns = {"rows": torch.ones(len(x), dtype=torch.float64), "squares": x.square().sum(1),
+               "error": (x - x_hat).square().sum(1), **by_token}
+    sums = {name: torch.zeros(n, dtype=torch.float64).index_add_(0, which, column).numpy()
+            for name, column in columns.items()}
+    total = torch.zeros(n, x.shape[1], dtype=torch.float64).index_add_(0, which, x).numpy()
+
+    def figures(weights):
+        means = {name: (weights @ sums[name]) / (weights @ sums["rows"]) for name in by_token}
+        return means | {"explained_variance": explained_variance_by_part(total, sums["squares"], sums["error"],
+                                                                         sums["rows"], weights)}
+    return intervals.within(intervals.BLOCKS, intervals.spread(n, figures))
 
 
 def batch_variance(ctx: Context) -> float:

@@ -36,8 +36,8 @@ def keep(trainer) -> None:
     if not due or trainer.nonfinite or any(one["steps"] == step for one in trainer.snapshots):
         return
     name = f"{FOLDER}/{step * trainer.p.batch_size}"
-    sae, x = save(trainer, trainer.folder / name), trainer.source.heldout().x
-    knows = measure.weights(sae, x) | measure.heldout(sae, x, trainer.source.scale)
+    sae, rows = save(trainer, trainer.folder / name), trainer.source.heldout()
+    knows = measure.weights(sae, rows.x) | measure.heldout(sae, rows, trainer.source.scale)
     trainer.snapshots.append(entry(trainer, name, knows) | {"sha256": _hash(trainer.folder / name)})
 
 
@@ -49,7 +49,7 @@ def entry(trainer, folder: str, knows: dict[str, Any]) -> dict[str, Any]:
     step = trainer.step
     return {"folder": folder, "share": step / trainer.total_steps if trainer.total_steps else 1.0, "steps": step,
             "samples": step * trainer.p.batch_size,
-            **{key: value for key, value in knows.items() if key != "heldout_tokens"},
+            **{key: value for key, value in knows.items() if key not in ("heldout_tokens", "within_this_sae")},
             "dead_share": trainer.dead_share(step) if step else None,
             "idle_share": float(trainer.idle().double().mean())}
 

@@ -112,7 +112,7 @@ class Trainer:
         """Told of each row of the history."""
         self.resumed_at: list[int] = []
         """Steps at which the training went on from a checkpoint."""
-        self.untrained = measure.heldout(self.sae.folded(source.scale), source.heldout().x, source.scale)
+        self.untrained = measure.heldout(self.sae.folded(source.scale), source.heldout(), source.scale)
 
     def seconds(self) -> float:
         """Time of training so far, earlier sessions counted as far as their checkpoint."""
@@ -249,9 +249,10 @@ class Trainer:
 
     def report(self, sae: SparseAutoencoder) -> dict[str, Any]:
         """What training knows, measured on the saved SAE: the content of training.json."""
-        x, manifest = self.source.heldout().x, self.source.manifest
+        rows, manifest = self.source.heldout(), self.source.manifest
+        x = rows.x
         last, named = self.rows[-1] if self.rows else {}, {part.name for part in self.ingredients}
-        knows = measure.weights(sae, x) | measure.heldout(sae, x, self.source.scale)
+        knows = measure.weights(sae, x) | measure.heldout(sae, rows, self.source.scale)
         knows["nonfinite"] = self.nonfinite or knows["nonfinite"]
         return {"steps": self.step, "planned_steps": self.total_steps, "samples": self.step * self.p.batch_size,
                 **knows, "dead_share": self.dead_share(self.step), "idle_share": float(self.idle().double().mean()),

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lib.evaluation import intervals
-
-BY = "bootstrap over blocks of text"
+from sae_lib import intervals
+from sae_lib.metrics import explained_variance_by_part
 
 
 class Blocks:
@@ -73,7 +72,7 @@ class Blocks:
         drawn = {}
         for n, figures in self._parts():
             drawn |= intervals.spread(n, figures) if n > 1 else {}
-        return intervals.within(BY, drawn)
+        return intervals.within(intervals.BLOCKS, drawn)
 
     def _parts(self) -> list[tuple[int, Callable]]:
         """Number of blocks, and figures over weights (W, n), of each part: other blocks each, but the last's."""
@@ -95,9 +94,8 @@ class Blocks:
                     "kl_div_with_sae": m["kl_div_with_sae"]}
 
         def variance(weights):
-            n, total, squares, error = (weights @ part for part in rows)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                return {"explained_variance": 1 - error / (squares - np.square(total).sum(1) / n)}
+            n, total, squares, error = rows
+            return {"explained_variance": explained_variance_by_part(total, squares, error, n, weights)}
 
         return [(len(sums[model[0]]), passes), (len(sums["l0"]), lambda weights: means(hook, weights)),
                 (len(rows[0]), variance)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lib.evaluation import intervals
+from sae_lib import intervals
 from sae_lib.evaluation.saebench.adapter import in_place
 
 BY = "bootstrap over test texts within their classes; data sets, classes and probes are fixed"

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_lib import intervals
 from sae_lib.data.language_model import import_transformers
-from sae_lib.evaluation import intervals
 from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.saebench import checking, model_side, per_text
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 DRAWS, LEVEL = 1000, 0.95
+BLOCKS = "bootstrap over blocks of text"
 PORTION = 2**22
 """Weights that are held at once."""
 
