@@ -6,7 +6,6 @@ width D, M masks. As in SAEBench core, padding, EOS and BOS keep their activatio
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor
 
 from sae_lib import intervals
-from sae_lib.evaluation.hooked_model import to_hooked
-from sae_lib.evaluation.rerun import Rerun, file_of
+from sae_lib.evaluation import rerun
 from sae_lib.evaluation.saebench import left_out
 from sae_lib.evaluation.saebench.adapter import settings
-from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.metrics import explained_variance_by_part
 from sae_lib.progress import progress
 from sae_lib.sae.context import Context
@@ -93,16 +90,10 @@ def run_each(saes: list[tuple[Any, set[str]]], lm, blocks: Tensor, corpora: list
     batches = [(name, places) for name in dict.fromkeys(corpora)
                for places in torch.tensor([i for i, own in enumerate(corpora) if own == name]).split(BATCH)]
     found = _empty(len(blocks), saes[0][0].d_in, len(saes))
-    file, hooked = file_of(lm, blocks if kept_with is None else kept_with), to_hooked(lm)
     work = sum(len(wanted & {name}) for name in corpora for _, wanted in saes) * blocks.shape[1]
-    with settings(threads), contextlib.ExitStack() as held:
-        held.enter_context(alone(file, "streams of the model"))
-        model = Rerun(hooked, lm.hook, file)
-        if model.known:
-            held.close()
-        else:
-            held.enter_context(all_cores())
-        special, bar = left_out(model), held.enter_context(progress(work, what, mode))
+    with (settings(threads), rerun.opened(lm, blocks if kept_with is None else kept_with) as model,
+          progress(work, what, mode) as bar):
+        special = left_out(model)
         for name, places in batches:
             tokens, place = blocks[places].to(lm.device), places.numpy()
             text = ~torch.isin(tokens, special)
@@ -111,7 +102,6 @@ def run_each(saes: list[tuple[Any, set[str]]], lm, blocks: Tensor, corpora: list
                 if name in wanted:
                     _with_sae(model, lm.hook, tokens, text, one, found, number, place, x)
                     bar.advance(tokens.numel())
-        model.save()
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from pathlib import Path
 from typing import Any
 
 from sae_lib import params, runs
@@ -27,8 +29,7 @@ def evaluate(sae, asked: params.Train) -> dict[str, Any]:
         raise ParameterError(f"evals: truth is of SAEs trained on a planted world; this one was trained on "
                              f"'{asked.model}', whose features nobody knows")
     start, store = time.perf_counter(), activations.find(asked)
-    truth, x = planted.truth_of(store.path), store.heldout().x
-    material = bench.prepare(x, truth)
+    truth, x, material = _material(store.path, store.content_hash)
     own = truth._replace(features=truth.features[material.train:])
     found, by_parent = truths.measure(sae, x[material.train:], own)
     scored, table = bench.absorption(sae, material)
@@ -43,3 +44,12 @@ def evaluate(sae, asked: params.Train) -> dict[str, Any]:
             "l0": found["l0"], "true_l0": found["true_l0"], "note": scored["note"], "config": config,
             "by_parent": by_parent.merge(table, on="feature").to_dict("records"), "provenance": provenance,
             "seconds": round(time.perf_counter() - start, 2)}
+
+
+@functools.lru_cache(maxsize=1)
+def _material(folder: Path, _content: str):
+    """The truth of a store, its held-out rows, and SAEBench's probes of them: the same for a run and its nulls."""
+    from sae_lib.evaluation.saebench import planted as bench
+
+    truth, x = planted.truth_of(folder), activations.open_store(folder).heldout().x
+    return truth, x, bench.prepare(x, truth)

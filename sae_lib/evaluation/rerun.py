@@ -6,17 +6,19 @@ unembedding do not depend on the SAE, so they are kept on disk for the next one:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lib import runs
 from sae_lib.data.language_model import parse_hook
+from sae_lib.evaluation import kept_tensors
+from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.params import digest
 from sae_lib.runs import RunError
 
@@ -36,7 +38,7 @@ class Rerun:
         self._model, self._hook, self._file = model, hook, file
         layer, site = parse_hook(hook)
         self._start = layer + (site == "hook_resid_post")
-        self._kept: dict[str, Tensor] | None = _read(file)
+        self._kept: dict[str, Tensor] | None = (kept_tensors.read(file) or ({},))[0] if file else {}
         self._fresh = 0
         """Batches that were computed here."""
         self._residual: Tensor | None = None
@@ -113,9 +115,7 @@ class Rerun:
     def save(self) -> None:
         """Keep what was computed for the next SAE, unless it is too large."""
         if self._file and self._kept and self._fresh:
-            with runs.whole(self._file) as temporary:
-                save_file({key: stream.contiguous() for key, stream in self._kept.items()}, temporary,
-                          {"made_for": self._file.stem})
+            kept_tensors.write(self._file, self._kept, {})
 
     def _read_batch(self, tokens: Tensor) -> str:
         self.tokens = tokens
@@ -139,16 +139,22 @@ class Rerun:
         return logits, self._model.loss_fn(logits, tokens, per_token=True)
 
 
-def _read(file: Path | None) -> dict[str, Tensor]:
-    if file is None or not file.exists():
-        return {}
-    try:
-        with safe_open(file, "pt") as handle:
-            if (handle.metadata() or {}).get("made_for") != file.stem:
-                return {}  # another evaluation's
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return {}  # damaged: computed again and replaced
+@contextlib.contextmanager
+def opened(lm, blocks: Tensor):
+    """The Rerun of a loaded model on ``blocks`` (N, context), with what is kept of them; what is new is kept after.
+
+    Where nothing was kept, one process computes it on all cores, and others wait.
+    """
+    file, hooked = file_of(lm, blocks), to_hooked(lm)
+    with contextlib.ExitStack() as held:
+        held.enter_context(alone(file, "streams of the model"))
+        model = Rerun(hooked, lm.hook, file)
+        if model.known:
+            held.close()
+        else:
+            held.enter_context(all_cores())
+        yield model
+        model.save()
 
 
 def file_of(lm, blocks: Tensor) -> Path:

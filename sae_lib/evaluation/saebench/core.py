@@ -22,13 +22,11 @@ from torch import Tensor
 
 from sae_lib import metrics, runs
 from sae_lib.data.language_model import import_transformers
-from sae_lib.evaluation.hooked_model import to_hooked
+from sae_lib.evaluation import rerun
 from sae_lib.evaluation.reported import settings as reported
-from sae_lib.evaluation.rerun import Rerun, file_of
 from sae_lib.evaluation.saebench import checking, reconstruction
 from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
 from sae_lib.evaluation.saebench.core_blocks import Blocks
-from sae_lib.evaluation.sharing import all_cores, alone
 from sae_lib.params import ParameterError, digest
 from sae_lib.runs import RunError
 
@@ -76,18 +74,10 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     blocks = _blocks(lm, texts, asked, context)
     batches, available = fit(asked, len(blocks), context), len(blocks)
     blocks = blocks[:batches.blocks]
-    file, hooked = file_of(lm, blocks), to_hooked(lm)
-    with settings(threads), contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as folder:
-        held.enter_context(alone(file, "streams of the model"))
-        model = Rerun(hooked, lm.hook, file)
-        if model.known:
-            held.close()
-        else:
-            held.enter_context(all_cores())
+    with settings(threads), rerun.opened(lm, blocks) as model, tempfile.TemporaryDirectory() as folder:
         wrapped = wrap(sae, lm.name, lm.hook, device=lm.device, dtype=lm.dtype, context=context, seen=Seen(model))
         setup = time.perf_counter() - start
         result, raw = _multiple_evals(wrapped, model, blocks, batches, context, folder)
-        model.save()
 
     x, x_hat, positions = wrapped.seen.rows()
     scalars = {name: value for group in result["metrics"].values() for name, value in group.items()}
