@@ -1,11 +1,12 @@
 """How often 05 would call equal variants different; and whether it tells a trained SAE from a random one.
 
     python benchmarks/false_claims.py --pairs 100       # on a planted world: 600 trainings of about 1 s
-    python benchmarks/false_claims.py --embedded        # on SmolLM2: three pairs, and a random SAE; some 20 min
+    python benchmarks/false_claims.py --embedded        # on SmolLM2: three pairs, and random SAEs; some 40 min
 
 A pair is one variant trained with three seeds, and again with three others; no run is in two pairs. The nominal rate of
 one metric is 5 %; that of any metric is what a reader of a whole table meets. On the embedded default 03's core and
-sparse probing measure each run, and three random SAEs of the same shape stand against the first three trained ones.
+sparse probing measure each run, and as many random SAEs of the same shape stand against the trained ones. With --home a
+later call goes on where this one ended.
 Written: benchmarks/results/false_claims-cpu.json, or false_claims_embedded-cpu.json.
 """
 
@@ -52,7 +53,7 @@ def runs_of(number: int, seeds: int, store, truth, threads: int) -> pd.DataFrame
 
 
 def embedded_runs(folder: str, changes: dict, seeds: list[int], threads: int) -> list[str]:
-    """Runs of EMBEDDED with ``changes``, each trained (or begun) and evaluated; their names."""
+    """Runs of EMBEDDED with ``changes``, each trained (or begun) and evaluated where it is not yet; their names."""
     from sae_lib import params, runs
     from sae_lib.data.activations import extract, source
     from sae_lib.evaluation import evaluate, validity
@@ -61,6 +62,9 @@ def embedded_runs(folder: str, changes: dict, seeds: list[int], threads: int) ->
     names = []
     for seed in seeds:
         names.append(f"{folder}/s{seed}")
+        run = runs.Run(names[-1])
+        if all(run.json(f"evals/{name}.json", {}).get("metrics") for name in EVALUATED["evals"]):
+            continue
         p = params.check("train", EMBEDDED | changes | {"run": names[-1], "seed": seed, "threads": threads,
                                                         "overwrite": True})
         extract(params.check("extract", {key: value for key, value in EMBEDDED.items() if key in
@@ -74,7 +78,7 @@ def embedded_runs(folder: str, changes: dict, seeds: list[int], threads: int) ->
 
 
 def embedded(pairs: int, seeds: int, threads: int) -> dict:
-    """False claims over pairs on SmolLM2, and what is said of a random SAE beside the first trained one."""
+    """False claims over pairs on SmolLM2, and what is said of random SAEs beside the trained ones."""
     from sae_lib.evaluation import false_claims, results
 
     tables = []
@@ -82,9 +86,9 @@ def embedded(pairs: int, seeds: int, threads: int) -> dict:
         names = embedded_runs(f"pair{number}", {}, [2 * seeds * number + place for place in range(2 * seeds)], threads)
         tables.append(false_claims.pair(results.collect(names), names[:seeds], names[seeds:]))
     rates = false_claims.rate(tables)
+    trained = [name for table in tables for name in table.run]
     random = embedded_runs("random", {"samples": 0, "initial_encoder": "random", "role": "null"},
-                           list(range(1000, 1000 + seeds)), threads)
-    trained = tables[0].run[:seeds].tolist()
+                           list(range(1000, 1000 + len(trained))), threads)
     # A null baseline is kept out of every comparison by its role and its samples: here it is let in.
     table = results.collect([*trained, *random]).assign(status="valid", role="normal", samples=EMBEDDED["samples"])
     told = results.differences(false_claims.pair(table, trained, random), "first", TOLD_APART)
