@@ -36,7 +36,6 @@ class RunCurves(Dashboard):
         self.name, self.history, self.caption, self.notices = name, history, caption, list(notices)
         self.spent, self.began = 0.0, time.perf_counter()
         self.last, self.redrawn, self.waiting = -SHARED, 0, False
-        self.every = SHARED if torch.get_num_threads() >= (os.cpu_count() or 1) else EVERY
 
     @classmethod
     def of(cls, run: runs.Run) -> RunCurves:
@@ -73,7 +72,8 @@ class RunCurves(Dashboard):
         now = time.perf_counter()
         if not self.panels or len(rows) < 2:  # nobody looks, or there is no line yet
             return
-        if self.spent is None or self.spent > BUDGET * (now - self.began) or now - self.last < self.every:
+        every = SHARED if torch.get_num_threads() >= (os.cpu_count() or 1) else EVERY  # known once training has begun
+        if self.spent is None or self.spent > BUDGET * (now - self.began) or now - self.last < every:
             return
         try:
             self.history = pd.DataFrame(rows)
