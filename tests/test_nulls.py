@@ -186,6 +186,9 @@ def test_tables_of_03_and_05_show_nulls_apart_from_runs(evaluated):
     assert pd.read_csv(found.folder / "nulls.csv").run.str.startswith("null: ").all()
     shown = figures_compare.readable(found.table, found.nulls)
     assert shown.verdict.tolist() == ["valid"] * 2 + ["null"] * 4
+    pca, ends = found.nulls.set_index("null").loc["pca"], "within/explained_variance/"
+    assert pca[ends + "low"] < pca.explained_variance < pca[ends + "high"]
+    assert " to " in shown[METRICS["explained_variance"].called].iloc[-2], "nulls have intervals too"
     assert figures_compare.grey(shown, found.nulls).all(axis=1).tolist() == [False] * 2 + [True] * 4
     picture = figures_compare.all_figures(found)["comparison_table"].data[0].cells
     assert len(picture["values"][0]) == 6 and picture.font.color[0][-1] == figures_compare.GREY_INK

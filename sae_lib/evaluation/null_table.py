@@ -20,6 +20,8 @@ OF = {"heldout": results.TRAINING, "core": results.CORE, "absorption": results.L
 def collect(names: list[str]) -> pd.DataFrame:
     """One row per distinct null (same weights, same evaluations) of the runs ``names``: ``COLUMNS`` and every metric.
 
+    Intervals "within this SAE" stand in columns as those of runs do (``results.within``).
+
     A run whose file is not there, or damaged, adds none.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -33,7 +35,8 @@ def collect(names: list[str]) -> pd.DataFrame:
             continue
     rows = [row | {"beside": ", ".join(row["beside"]), "without": "; ".join(row["without"].values())}
             for row in sorted(found.values(), key=lambda row: list(LABELS).index(row["null"]))]
-    table = pd.DataFrame(rows, columns=[*COLUMNS, *results.FIGURES])
+    within = dict.fromkeys(name for row in rows for name in row if name.startswith("within/"))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *results.FIGURES, *within])
     return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in results.FIGURES})
 
 
@@ -48,6 +51,7 @@ def _row(null: str, entries: dict[str, Any], training: dict[str, Any], values: d
     row["compare"] = {name: entry["config"]["comparable"] for name, entry in fine.items()}
     for name, entry in fine.items():
         row |= {metric: entry["metrics"].get(metric) for metric in OF[name] if metric in results.FIGURES}
+        row |= results.within(entry, OF[name])
     return row
 
 

@@ -89,15 +89,15 @@ def _read(run: runs.Run) -> dict[str, Any]:
     row |= {name: t.get(name) for name in TRAINING} | {name: core.get("metrics", {}).get(name) for name in CORE}
     row |= {f"loss/{key}": value for key, value in t.get("final_loss", {}).items()}
     row |= {f"share/{key}": value["median_share"] for key, value in t.get("terms", {}).items()}
-    row |= _within(t, TRAINING) | _within(core, CORE)
+    row |= within(t, TRAINING) | within(core, CORE)
     absorption = run.json("evals/absorption.json", {})
-    row |= _within(absorption, LETTERS)
+    row |= within(absorption, LETTERS)
     row |= {name: absorption.get("metrics", {}).get(name) for name in LETTERS}
     row["letters"] = absorption.get("config", {}).get("comparable")
     for evaluation in FURTHER:
         report = run.json(f"evals/{evaluation}.json", {})
         row |= {name: value for name, value in report.get("metrics", {}).items() if name in FIGURES}
-        row |= _within(report, FURTHER[evaluation])
+        row |= within(report, FURTHER[evaluation])
         row[evaluation] = report.get("config", {}).get("comparable")
     reports = {name: run.json(f"evals/{name}.json") for name in faults.NAMES}
     row |= {f"no_figure/{name}": why for name, report in reports.items()
@@ -109,7 +109,7 @@ def _read(run: runs.Run) -> dict[str, Any]:
     return row
 
 
-def _within(report: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
+def within(report: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
     """A report's intervals "within this SAE" as columns ``within/<metric>/low`` and ``/high``, for those it has."""
     found = report.get("within_this_sae") or {}
     return {f"within/{name}/{side}": end for name in names if found.get(name)

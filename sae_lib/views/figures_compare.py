@@ -179,11 +179,12 @@ def comparison_table(table: pd.DataFrame, caption: str = "", nulls: pd.DataFrame
                                                                     instead(table, name))] for name in columns]
     cells += figures
     inks = ["#111111" if ok else GREY_INK for ok in valid]
-    for row in () if nulls is None else nulls.to_dict("records"):
-        for cell, text in zip(cells, [_wrapped(row["run"], 22), _wrapped(row["without"] or "null", 31),
-                                      *(f"{row[name]:.4g}" if pd.notna(row[name]) else "–" for name in columns)]):
-            cell.append(text)
-        inks.append(GREY_INK)
+    if nulls is not None and len(nulls):
+        runs += [_wrapped(run, 22) for run in nulls.run]
+        said += [_wrapped(without or "null", 31) for without in nulls.without]
+        for name, column in zip(columns, figures):
+            column += [smaller(cell or "–") for cell in _cells(nulls[name], nulls)]
+        inks += [GREY_INK] * len(nulls)
     fig = go.Figure(go.Table(
         columnwidth=[2.2, 3, *[1.5] * len(columns)],
         header={"values": [f"<b>{text}</b>" for text in head], "align": "left", "fill_color": "#E9EEF2",
@@ -218,7 +219,7 @@ def readable(table: pd.DataFrame, nulls: pd.DataFrame | None = None) -> pd.DataF
             cells = _cells(table[name].where(table.status.isin(("valid", "null"))), table)
             shown[metric.called] = [word or cell for word, cell in zip(words, cells)]
             if len(of_nulls) and name in nulls:
-                of_nulls[metric.called] = nulls[name].map(lambda value: "" if pd.isna(value) else f"{value:.4g}")
+                of_nulls[metric.called] = [cell or "" for cell in _cells(nulls[name], nulls)]
     for name in (column for column in table if column.startswith("no_figure/")):
         shown[f"no {name.removeprefix('no_figure/')}"] = table[name].fillna("")
     shown["library"] = ["another" if row.get("stale") is True else "" for _, row in table.iterrows()]
