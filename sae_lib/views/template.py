@@ -58,12 +58,13 @@ def mark(number: int, size: int = 12) -> dict:
 def value_within(value: float, low: float | None = None, high: float | None = None) -> str | None:
     """A cell: the value and, in brackets, its interval where it has one; None for no value. Tables show it smaller.
 
-    What is 0 but for rounding is 0.
+    What is 0 but for rounding is 0; an interval whose ends read alike (L0 of TopK) is left out.
     """
     if pd.isna(value):
         return None
     value = 0.0 if abs(value) < 1e-12 else value
-    return f"{value:.4g}" + ("" if low is None or pd.isna(low) else f" {between(low, high)}")
+    none = low is None or pd.isna(low) or f"{low:.4g}" == f"{high:.4g}"
+    return f"{value:.4g}" + ("" if none else f" {between(low, high)}")
 
 
 def between(low: float, high: float) -> str:
