@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 
 from sae_lib.evaluation import results
 from sae_lib.metrics import METRICS
+from sae_lib.views.figures_compare import span
 from sae_lib.views.template import dress, mark, style
 
 PANELS = ("explained_variance", "ce_loss_score", "mean_full_absorption_score", "mean_cos2")
@@ -26,7 +27,7 @@ def frontier(comparison, caption: str = "") -> go.Figure:
     panels = [name for name in PANELS if name in table and table[name].notna().any()] or ["explained_variance"]
     titles = [METRICS[n].panel for n in panels]
     rows = -(-len(panels) // 2)
-    fig = make_subplots(rows=rows, cols=min(2, len(panels)), subplot_titles=titles, horizontal_spacing=0.12,
+    fig = make_subplots(rows=rows, cols=min(2, len(panels)), subplot_titles=titles, horizontal_spacing=0.14,
                         vertical_spacing=0.16)
     heads = [results.parts_of(row.variant, row.model)[1] for row in table.itertuples()]
     for number, (head, own) in enumerate(table.groupby(pd.Series(heads, table.index, dtype=object), sort=False)):
@@ -43,7 +44,9 @@ def frontier(comparison, caption: str = "") -> go.Figure:
     wide = len(table) and table.x.min() > 0 and table.x.max() > 8 * table.x.min()
     fig.update_xaxes(title=label + (", log" if wide else ""), type="log" if wide else "linear")
     for place, name in enumerate(panels):
-        fig.update_yaxes(title=METRICS[name].axis, row=place // 2 + 1, col=place % 2 + 1)
+        # As wide as elsewhere in 05: noise must not fill a panel because it alone is there.
+        fig.update_yaxes(title={"text": METRICS[name].axis, "standoff": 8}, automargin=True, range=span(table[name]),
+                         row=place // 2 + 1, col=place % 2 + 1)
     if left_out:
         caption += f"; {left_out} valid runs left out: they differ in more than {label}"
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.04 + 0.03 * (rows == 1), "yanchor": "bottom"})
