@@ -51,5 +51,5 @@ def _material(folder: Path, _content: str):
     """The truth of a store, its held-out rows, and SAEBench's probes of them: the same for a run and its nulls."""
     from sae_lib.evaluation.saebench import planted as bench
 
-    truth, x = planted.truth_of(folder), activations.open_store(folder).heldout().x
+    truth, x = planted.truth_of(folder), activations.open_named(str(folder)).heldout().x
     return truth, x, bench.prepare(x, truth)
