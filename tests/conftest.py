@@ -1,6 +1,7 @@
 """Shared fixtures: a home and a cache of the tests' own, and one small store of the model ``tiny``."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -44,9 +45,18 @@ def tiny():
 @pytest.fixture(scope="session")
 def tiny_model(workbook_home):
     """The tiny model, whole, read after its first block."""
-    from sae_lib.data import language_model
-
     return language_model.load("tiny", hook="blocks.0.hook_resid_post", dtype="float32", device="cpu", whole=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_named(workbook_home, tmp_path_factory):
+    """Load the tiny Gemma-2, whole, from a folder of a user's with a name of the hub's."""
+    def load(name):
+        folder = tmp_path_factory.mktemp("models") / name
+        shutil.copytree(language_model.folder_of("tiny"), folder)
+        return language_model.load(str(folder), hook="blocks.0.hook_resid_post", dtype="float32", device="cpu",
+                                   whole=True)
+    return load
 
 
 @pytest.fixture(scope="session")

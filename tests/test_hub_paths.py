@@ -1,7 +1,6 @@
 """SAEBench's own data code and the studies' settings, on a local Gemma-2 and data sets with the hub's columns."""
 
 import random
-import shutil
 
 import pandas as pd
 import pytest
@@ -9,7 +8,7 @@ import torch
 from test_probing import made
 
 from sae_lib import params
-from sae_lib.data import labelled, language_model, tiny_model
+from sae_lib.data import labelled, tiny_model
 from sae_lib.evaluation import saebench
 from sae_lib.evaluation.reported import settings
 from sae_lib.evaluation.saebench import scr_tpp, sparse_probing
@@ -58,11 +57,8 @@ def of_the_hub(name, pair=None, split=None, languages=(), **_options):
 
 
 @pytest.fixture(scope="module")
-def gemma(workbook_home, tmp_path_factory):
-    """The tiny Gemma-2 as a folder of a user's."""
-    folder = tmp_path_factory.mktemp("models") / "gemma-2-2b"
-    shutil.copytree(language_model.folder_of("tiny"), folder)
-    return language_model.load(str(folder), hook="blocks.0.hook_resid_post", dtype="float32", device="cpu", whole=True)
+def gemma(tiny_named):
+    return tiny_named("gemma-2-2b")
 
 
 @pytest.fixture(scope="module")

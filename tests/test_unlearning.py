@@ -9,7 +9,7 @@ import torch
 from test_probing import made
 
 from sae_lib import params, runs
-from sae_lib.data import labelled, language_model, tiny_model
+from sae_lib.data import labelled, tiny_model
 from sae_lib.evaluation import evaluate, faults, validity
 from sae_lib.evaluation.saebench import unlearning as bench
 from sae_lib.evaluation.saebench.unlearning import unlearning
@@ -56,11 +56,9 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def gemma(workbook_home, tmp_path_factory):
-    """The tiny Gemma-2 in a folder with the name of the tuned model."""
-    target = tmp_path_factory.mktemp("models") / "gemma-2-2b-it"
-    shutil.copytree(language_model.folder_of("tiny"), target)
-    return language_model.load(str(target), hook="blocks.0.hook_resid_post", dtype="float32", device="cpu", whole=True)
+def gemma(tiny_named):
+    """By the name of the tuned model."""
+    return tiny_named("gemma-2-2b-it")
 
 
 @pytest.fixture(scope="module")
