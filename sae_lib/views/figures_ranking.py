@@ -15,7 +15,7 @@ from sae_lib.views.template import COLOURS, GREY, GREY_INK, dress, value_within
 
 MAIN = ("explained_variance", "ce_loss_score", "kl_div_score", "dead_share", "mean_cos2", "mean_full_absorption_score",
         "mean_absorption_fraction_score", "sae_top_1_test_accuracy", "scr_metric_threshold_20",
-        "tpp_threshold_20_total_metric")
+        "tpp_threshold_20_total_metric", "mcc", "true_absorption", "saebench_full_absorption_with_child")
 """Metrics that have a panel and a place in the page's table, where they were measured; the file has all."""
 
 TINY = 0.01
