@@ -72,7 +72,7 @@ def test_intervals_of_what_training_measures_are_those_of_resampled_blocks():
     """Each figure computed anew on the rows of redrawn blocks, of an SAE whose L0 differs by token."""
     g, rows = torch.Generator().manual_seed(0), Planted(rows=4096).heldout()
     sae = SparseAutoencoder.initialise(64, torch.zeros(32), architectures.get("standard")(), g)
-    found = measure.heldout(sae, rows, 0.7)
+    found = measure.heldout(sae, rows, 0.7, within=True)
     within = found.pop("within_this_sae")
     assert within.pop("by") == "bootstrap over blocks of text" and within.pop("level") == 0.95
     assert within.keys() == {"explained_variance", "l0", "mse", "norm_ratio"}
@@ -88,4 +88,4 @@ def test_intervals_of_what_training_measures_are_those_of_resampled_blocks():
     for name, ends in within.items():
         low, high = np.quantile([float(one[name]) for one in drawn], [0.025, 0.975])
         assert low < found[name] < high and ends == pytest.approx([low, high], abs=0.1 * (high - low)), name
-    assert measure.heldout(sae, rows._replace(block=torch.zeros(512)), 0.7)["within_this_sae"] == {}
+    assert measure.heldout(sae, rows._replace(block=torch.zeros(512)), 0.7, within=True)["within_this_sae"] == {}

@@ -151,7 +151,7 @@ def test_fewer_passes_over_the_vocabulary_give_saebench_s_own_figures(tiny_model
     for name, value in own["metrics"].items():
         assert found["metrics"][name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
     assert found["metrics"]["kl_div_with_sae"] > 0.01
-    assert len(calls) == (3 if applied else 0), "the model alone once, and the SAE twice"
+    assert len(calls) == (4 if applied else 0), "the model alone and ablated, and the SAE twice"
 
 
 def test_every_block_begins_with_bos_and_none_comes_twice(tiny_model, texts):

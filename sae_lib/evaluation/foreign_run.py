@@ -114,7 +114,7 @@ def _as_trained(p: params.Evaluate, sae: SparseAutoencoder, store) -> params.Tra
 def _report(sae: SparseAutoencoder, asked: params.Train, store) -> dict[str, Any]:
     """The content of training.json: what was measured on held-out rows; what only training knows is null."""
     rows = store.heldout()
-    measured = measure.heldout(sae, rows, store.scale) | measure.weights(sae, rows.x)
+    measured = measure.heldout(sae, rows, store.scale, within=True) | measure.weights(sae, rows.x)
     unknown = dict.fromkeys(("steps", "planned_steps", "samples", "dead_share", "explained_variance_untrained",
                              "seconds", "lr"))
     return {**unknown, **measured, "final_loss": {}, "terms": {}, "unfinished_schedules": [], "unused_parameters": [],

@@ -164,6 +164,6 @@ def _on_heldout(null: SparseAutoencoder, asked: params.Train) -> dict[str, Any]:
     """What training.json says of an SAE, where it can be said of a null, as a report."""
     source = activations.source(asked)
     rows = source.heldout()
-    found = measure.heldout(null, rows, source.scale)
+    found = measure.heldout(null, rows, source.scale, within=True)
     within = found.pop("within_this_sae")
     return {"metrics": found | {"mean_cos2": measure.weights(null, rows.x)["mean_cos2"]}, "within_this_sae": within}

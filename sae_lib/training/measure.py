@@ -15,11 +15,11 @@ from sae_lib.sae.context import Context
 
 
 @torch.no_grad()
-def heldout(sae: SparseAutoencoder, rows, scale: float, size: int = 2048) -> dict[str, Any]:
+def heldout(sae: SparseAutoencoder, rows, scale: float, size: int = 2048, within: bool = False) -> dict[str, Any]:
     """Measures of ``sae`` on the held-out ``rows`` of a store (N activations as the model gives them).
 
-    ``mse`` is in training units (activations times ``scale``), per token, summed over D. ``within_this_sae``: how far
-    they rest on this text, drawn by block.
+    ``mse`` is in training units (activations times ``scale``), per token, summed over D. ``within`` adds
+    ``within_this_sae``: how far they rest on this text, drawn by block.
     """
     x, fired = rows.x, torch.zeros(sae.d_sae, dtype=torch.bool)
     active, parts = [], []
@@ -31,9 +31,9 @@ def heldout(sae: SparseAutoencoder, rows, scale: float, size: int = 2048) -> dic
     norms = x.norm(dim=1).clamp_min(1e-12)
     by_token = {"l0": torch.cat(active).double(), "mse": (scale * (x - x_hat)).square().sum(1).double(),
                 "norm_ratio": (x_hat.norm(dim=1) / norms).double()}
-    return {"explained_variance": explained_variance(x, x_hat), **{k: float(v.mean()) for k, v in by_token.items()},
-            "unused_share": float((~fired).double().mean()), "heldout_tokens": len(x),
-            "within_this_sae": _within(x, x_hat, by_token, rows.block)}
+    found = {"explained_variance": explained_variance(x, x_hat), **{k: float(v.mean()) for k, v in by_token.items()},
+            "unused_share": float((~fired).double().mean()), "heldout_tokens": len(x)}
+    return found | ({"within_this_sae": _within(x, x_hat, by_token, rows.block)} if within else {})
 
 
 def _within(x: Tensor, x_hat: Tensor, by_token: dict[str, Tensor], block: Tensor) -> dict[str, object]:

@@ -252,7 +252,7 @@ class Trainer:
         rows, manifest = self.source.heldout(), self.source.manifest
         x = rows.x
         last, named = self.rows[-1] if self.rows else {}, {part.name for part in self.ingredients}
-        knows = measure.weights(sae, x) | measure.heldout(sae, rows, self.source.scale)
+        knows = measure.weights(sae, x) | measure.heldout(sae, rows, self.source.scale, within=True)
         knows["nonfinite"] = self.nonfinite or knows["nonfinite"]
         return {"steps": self.step, "planned_steps": self.total_steps, "samples": self.step * self.p.batch_size,
                 **knows, "dead_share": self.dead_share(self.step), "idle_share": float(self.idle().double().mean()),

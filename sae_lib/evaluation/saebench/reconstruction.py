@@ -41,7 +41,7 @@ def recons_loss(model: Rerun) -> Callable:
             special = torch.tensor([token for token in ignore_tokens if token is not None], device=x.device)
             x_hat = torch.where(torch.isin(batch_tokens, special)[..., None], x, x_hat)
         changed = model.changed(x_hat).expand_as(final)
-        sae_lse, sae_loss, _ = _over_vocabulary(model, changed, batch_tokens)
+        sae_lse, sae_loss, _ = _by_token(model, changed, batch_tokens)
         found = {}
         if compute_kl:
             found |= {"kl_div_with_sae": _kl(mean, lse, final, sae_lse, changed), "kl_div_with_ablation": ablated_kl}
@@ -53,10 +53,11 @@ def recons_loss(model: Rerun) -> Callable:
 
 def _alone(model: Rerun, tokens: Tensor, x: Tensor, final: Tensor) -> tuple[Tensor, ...]:
     """ALONE of a batch: the plain model, and the model with the activation removed."""
-    lse, loss, mean = _over_vocabulary(model, final, tokens, mean=True)
+    lse, loss, mean = _by_token(model, final, tokens, mean=True)
     removed = model.changed(torch.zeros_like(x))  # (1, T, D)
-    ablated_lse, ablated_loss = _of_one_row(model, removed, tokens)
-    return mean, lse, loss, ablated_lse, ablated_loss, _kl(mean, lse, final, ablated_lse, removed)
+    ablated_lse, ablated_loss, _ = _over_vocabulary(model, removed[0], _following(tokens).T)
+    return (mean, lse, loss, ablated_lse[None], ablated_loss.T[:, :-1].contiguous(),
+            _kl(mean, lse, final, ablated_lse[None], removed))
 
 
 def _kl(mean: Tensor, lse: Tensor, final: Tensor, other_lse: Tensor, other: Tensor) -> Tensor:
@@ -65,32 +66,26 @@ def _kl(mean: Tensor, lse: Tensor, final: Tensor, other_lse: Tensor, other: Tens
     return (moved + other_lse.double() - lse.double()).to(final.dtype)
 
 
-def _over_vocabulary(model: Rerun, final: Tensor, tokens: Tensor, mean: bool = False):
-    """Of streams (B, T, D): log-sum-exp of the logits (B, T), loss (B, T - 1), and mean unembedding (B, T, D) or None.
+def _over_vocabulary(model: Rerun, rows: Tensor, targets: Tensor, mean: bool = False):
+    """Of streams (R, D): log-sum-exp of the logits (R,), losses (R, K) of ``targets`` (R, K), mean unembedding or None.
 
-    The loss of a token is that of predicting the next.
+    The mean unembedding is (R, D).
     """
-    rows, targets = final.reshape(-1, final.shape[-1]), _following(tokens).reshape(-1)
     size, parts = max(1, CHUNK // model.cfg.d_vocab), []
     for part, target in zip(rows.split(size), targets.split(size)):
         logits = model.unembed(part[None])[0]
         lse = logits.logsumexp(-1)
-        loss = lse - logits.gather(1, target[:, None])[:, 0]
+        loss = lse[:, None] - logits.gather(1, target)
         parts.append((lse, loss, (logits - lse[:, None]).exp_() @ model.W_U.T if mean else lse))
-    lse, loss, means = (torch.cat(some) for some in zip(*parts))
-    return (lse.view(tokens.shape), loss.view(tokens.shape)[:, :-1].contiguous(),
+    lse, losses, means = (torch.cat(some) for some in zip(*parts))
+    return lse, losses, means if mean else None
+
+
+def _by_token(model: Rerun, final: Tensor, tokens: Tensor, mean: bool = False):
+    """Of streams (B, T, D): log-sum-exp (B, T), loss of predicting the next token (B, T - 1), mean unembedding."""
+    lse, losses, means = _over_vocabulary(model, final.flatten(0, 1), _following(tokens).reshape(-1, 1), mean)
+    return (lse.view(tokens.shape), losses.view(tokens.shape)[:, :-1].contiguous(),
             means.view(final.shape) if mean else None)
-
-
-def _of_one_row(model: Rerun, final: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits (1, T) of a stream (1, T, D) that all rows share, and their losses (B, T - 1)."""
-    lse, losses = [], []
-    size = max(1, CHUNK // model.cfg.d_vocab)
-    for part, target in zip(final[0].split(size), _following(tokens).T.split(size)):
-        logits = model.unembed(part[None])[0]
-        lse.append(logits.logsumexp(-1))
-        losses.append(lse[-1][:, None] - logits.gather(1, target))
-    return torch.cat(lse)[None], torch.cat(losses).T[:, :-1].contiguous()
 
 
 def _following(tokens: Tensor) -> Tensor:
