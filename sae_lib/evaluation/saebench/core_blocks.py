@@ -29,6 +29,7 @@ class Blocks:
     def recording(self, own: Callable) -> Callable:
         """SAEBench's ``get_recons_loss``, whose values per token (B, T or T - 1) are summed by block."""
         def get_recons_loss(sae, model, batch_tokens, *args, ignore_tokens=frozenset(), **options):
+            """SAEBench's own, its values noted."""
             self.through_model = True
             try:
                 found = own(sae, model, batch_tokens, *args, ignore_tokens=ignore_tokens, **options)

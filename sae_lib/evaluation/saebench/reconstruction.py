@@ -33,6 +33,7 @@ def recons_loss(model: Rerun) -> Callable:
     def get_recons_loss(sae, _model, batch_tokens: Tensor, _store, compute_kl: bool, compute_ce_loss: bool,
                         ignore_tokens=frozenset(), exclude_special_tokens_from_reconstruction: bool = False,
                         model_kwargs=None) -> dict[str, Tensor]:
+        """As SAEBench's, of the batch ``batch_tokens`` (B, T); ``exclude_special...`` leaves ignored tokens alone."""
         x, final = model.streams(batch_tokens)
         mean, lse, loss, _, ablated_loss, ablated_kl = model.once(
             batch_tokens, ALONE, lambda: _alone(model, batch_tokens, x, final))

@@ -145,6 +145,7 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int):
     heard: list[tuple[per_text.Answers, dict[str, int]]] = []
 
     def activations(name: str, *_args, **_options):
+        """In place of SAEBench's ``get_dataset_activations``: of training and test texts, by class."""
         both = sets.get(name) or [
             dataset_utils.filter_dataset(part, dataset_info.chosen_classes_per_dataset[name])
             for part in dataset_utils.get_multi_label_train_test_data(name, asked.train, asked.test, seed)]
@@ -155,6 +156,7 @@ def _run(sae, lm, side, sets, asked: Preset, seed: int):
         return found
 
     def train(train_acts, test_acts, select_top_k=None, **how):
+        """SAEBench's probes, those of the model itself from what is kept."""
         at.calls += 1
         of_model = at.calls <= 1 + len(asked.k_values)  # the model's own probes come first
 
