@@ -47,7 +47,7 @@ def to_hooked(lm, n_layers: int | None = None):
     with torch.no_grad():
         weights = _convert(architecture, _parts(lm.hf, layers[:count], whole), cfg)
         # What load_and_process_state_dict does when it folds nothing, in one pass instead of one per tensor.
-        model.load_state_dict(model.fill_missing_keys(weights))
+        model.load_state_dict(model.fill_missing_keys(weights), assign=True)
     if not whole:
         model.ln_final, model.unembed = nn.Identity(), nn.Identity()
     model.to(lm.device, print_details=False)

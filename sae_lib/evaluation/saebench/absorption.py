@@ -19,9 +19,8 @@ import pandas as pd
 import torch
 
 from sae_lib import runs
-from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.saebench import checking
-from sae_lib.evaluation.saebench.adapter import in_place, quiet, seeded, wrap
+from sae_lib.evaluation.saebench.adapter import import_sae_bench, in_place, quiet, seeded, wrap
 from sae_lib.evaluation.saebench.letter_words import FEWEST_LETTERS, POSITION, TEMPLATE, Material, WordModel
 from sae_lib.params import ParameterError
 from sae_lib.runs import RunError
@@ -88,7 +87,7 @@ def absorption(sae, material: Material, tokenizer, bos_id: int, load, *, model: 
     if len(material.letters) < FEWEST_LETTERS:
         note = f"{len(material.letters)} letters have enough words; SAEBench wants {FEWEST_LETTERS}"
         return Absorption(None, note, _letters({}, pd.DataFrame(), None, material), _words(pd.DataFrame()), None)
-    import_transformers()
+    import_sae_bench()
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 
     config = AbsorptionEvalConfig(

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import warnings
 
 import numpy as np
 import torch
 
-from sae_lib.data.language_model import parse_hook
+from sae_lib.data.language_model import import_transformers, parse_hook
 from sae_lib.params import ParameterError
 
 UNIT_NORM_TOLERANCE = 1e-4
+
+
+def import_sae_bench() -> None:
+    """Import what all evaluations of SAEBench share, transformers before it, without a second's work for nothing.
+
+    Its list of SAEs on the hub, 1.5 MB of YAML, is parsed as it is imported, for a table that nothing reads.
+    """
+    import_transformers()
+    directory = importlib.import_module("sae_lens.loading.pretrained_saes_directory")
+    with in_place(directory, get_pretrained_saes_directory=dict):
+        selection = importlib.import_module("sae_bench.sae_bench_utils.sae_selection_utils")
+    selection.get_pretrained_saes_directory = directory.get_pretrained_saes_directory
 
 
 def check_sae(sae, model: str, d_model: int) -> None:

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from sae_lib import metrics, runs
-from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation import rerun
 from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.saebench import checking, reconstruction
-from sae_lib.evaluation.saebench.adapter import check_sae, in_place, settings, wrap
+from sae_lib.evaluation.saebench.adapter import check_sae, import_sae_bench, in_place, settings, wrap
 from sae_lib.evaluation.saebench.core_blocks import Blocks
 from sae_lib.params import ParameterError, digest
 from sae_lib.runs import RunError
@@ -70,7 +69,7 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     known = {name: (own, context) for name, own in PRESETS.items()}
     asked, context = reported.chosen(preset, known, "core", lm, _reported)
     _check(sae, lm, context)
-    import_transformers()
+    import_sae_bench()
     blocks = _blocks(lm, texts, asked, context)
     batches, available = fit(asked, len(blocks), context), len(blocks)
     blocks = blocks[:batches.blocks]

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_lib.data.language_model import PLANTED, import_transformers
+from sae_lib.data.language_model import PLANTED
 from sae_lib.data.planted import HOOK, Truth
 from sae_lib.evaluation.saebench.absorption import PRESETS, PROBE_F1, sparse_batch
-from sae_lib.evaluation.saebench.adapter import in_place, quiet, seeded, wrap
+from sae_lib.evaluation.saebench.adapter import import_sae_bench, in_place, quiet, seeded, wrap
 from sae_lib.evaluation.saebench.letter_words import BATCH, EPOCHS, LEARNING_RATE
 
 JUMP = 0.03
@@ -51,7 +51,7 @@ class Material(NamedTuple):
 
 def prepare(x: Tensor, truth: Truth, seed: int = 0) -> Material:
     """Probes of every parent by SAEBench's logistic regression, on ``x`` (N, D), the truth's rows."""
-    import_transformers()
+    import_sae_bench()
     from sae_bench.evals.absorption import probing
     from sklearn.metrics import f1_score
 

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lib import intervals
-from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.saebench import checking, model_side, per_text
-from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
+from sae_lib.evaluation.saebench.adapter import check_sae, import_sae_bench, in_place, quiet, settings, wrap
 from sae_lib.evaluation.saebench.sparse_probing import described, finished, mean_l0
 from sae_lib.metrics.saebench_tasks import PREFIX
 from sae_lib.params import ParameterError, nearest
@@ -93,7 +92,7 @@ def sae_probes(sae, lm, preset: str = "default", *, seed: int = 42, threads: int
     start = time.perf_counter()
     asked = reported.chosen(preset, PRESETS, "sae_probes", lm, lambda _settings: None)
     check_sae(sae, lm.name, lm.d_model)
-    import_transformers()
+    import_sae_bench()
     sets = {name: read(name, asked.texts, seed) for name in data or asked.data or known()}
     context = min(asked.context, lm.hf.config.max_position_embeddings)
     with settings(threads):
@@ -198,5 +197,5 @@ class Work:
 
 def _module(name: str):
     """A module of sae-probes; its package has functions by the names of some."""
-    import_transformers()
+    import_sae_bench()
     return importlib.import_module(f"sae_probes.{name}")

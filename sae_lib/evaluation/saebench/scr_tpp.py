@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lib.data import labelled
-from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.saebench import checking, model_side, per_text
-from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
+from sae_lib.evaluation.saebench.adapter import check_sae, import_sae_bench, in_place, quiet, settings, wrap
 from sae_lib.evaluation.saebench.latent_sums import LatentSums
 from sae_lib.evaluation.saebench.sparse_probing import data_of, described, finished, mean_l0
 from sae_lib.params import ParameterError
@@ -74,7 +73,7 @@ def _evaluate(name: str, sae, lm, preset: str, *, seed: int = 42, threads: int =
     asked = reported.chosen(preset, PRESETS, name, lm, _reported)
     seed = asked.given.get("random_seed", seed)
     check_sae(sae, lm.name, lm.d_model)
-    import_transformers()
+    import_sae_bench()
     make = labelled.crossed if name == "scr" else labelled.labelled
     names = data or data_of(lm.name, preset, *DATA[name])
     sets = {one: make(one) for one in names or ()}

@@ -16,10 +16,9 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.data import labelled
-from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.saebench import checking, model_side, per_text
-from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
+from sae_lib.evaluation.saebench.adapter import check_sae, import_sae_bench, in_place, quiet, settings, wrap
 from sae_lib.params import digest
 
 K_VALUES = (1, 2, 5)
@@ -67,7 +66,7 @@ def sparse_probing(sae, lm, preset: str = "default", *, seed: int = 42, threads:
     asked = reported.chosen(preset, PRESETS, "sparse_probing", lm, _reported)
     seed = asked.given.get("random_seed", seed)
     check_sae(sae, lm.name, lm.d_model)
-    import_transformers()
+    import_sae_bench()
     names = data or data_of(lm.name, preset, EMBEDDED, TINY)
     sets = {name: labelled.labelled(name).sample(asked.train, asked.test, seed) for name in names or ()}
     with settings(threads):

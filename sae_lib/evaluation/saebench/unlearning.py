@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lib import runs
-from sae_lib.data.language_model import import_transformers
 from sae_lib.evaluation.hooked_model import to_hooked
 from sae_lib.evaluation.reported import settings as reported
 from sae_lib.evaluation.rerun import identity
 from sae_lib.evaluation.saebench import checking, model_side, unlearning_data
-from sae_lib.evaluation.saebench.adapter import check_sae, in_place, quiet, settings, wrap
+from sae_lib.evaluation.saebench.adapter import check_sae, import_sae_bench, in_place, quiet, settings, wrap
 from sae_lib.evaluation.saebench.sparse_probing import described, finished
 from sae_lib.params import digest
 
@@ -58,7 +57,7 @@ def unlearning(sae, lm, preset: str = "default", *, folder: str | None = None, s
                      "name one of them as `model` in a 03 of its own (evals: [unlearning])")
     asked = reported.chosen(preset, PRESETS, "unlearning", lm, _reported)
     check_sae(sae, lm.name, lm.d_model)
-    import_transformers()
+    import_sae_bench()
     with settings(threads):
         work = Work(sae, lm, name, unlearning_data.Data(folder), asked, seed)
         raw = model_side.run("unlearning", work.call, seed, work.config, optional=True)
