@@ -81,6 +81,18 @@ def test_logits_and_residual_stream_are_transformers_own(loaded, tokens, kind):
             assert relative(cache[name], loaded(kind, layer, whole).residual(tokens)) < 1e-4, (layer, whole)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_weights_are_the_loaded_models_own_and_no_pass_copies_them(loaded, kind):
+    lm = loaded(kind)
+    model = hooked_model.to_hooked(lm)
+    theirs, ours = lm.hf.model.layers[1], model.blocks[1]
+    for weight, own in ((ours.mlp.W_in, theirs.mlp.up_proj), (ours.mlp.W_gate, theirs.mlp.gate_proj),
+                        (ours.mlp.W_out, theirs.mlp.down_proj), (model.unembed.W_U, lm.hf.lm_head)):
+        # TransformerLens multiplies by weight.T.contiguous() in each pass.
+        assert weight.T.contiguous().data_ptr() == own.weight.data_ptr()
+        assert not weight.requires_grad
+
+
 def test_the_sliding_window_is_felt(loaded, tokens):
     """The comparison above would not see a missing window if the sequence fitted into it."""
     model = hooked_model.to_hooked(loaded("gemma2"))

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import subprocess
 import sys
 import warnings
 
@@ -21,6 +22,17 @@ from sae_lib.sae import architectures
 from sae_lib.sae.autoencoder import SparseAutoencoder
 
 D, CONTEXT = planted.D_MODEL, 32
+
+
+IMPORT = """
+from sae_lib.evaluation.saebench import adapter
+adapter.import_sae_bench()
+from sae_bench.evals.core import main
+from sae_bench.sae_bench_utils import sae_selection_utils as selection
+from sae_lens.loading import pretrained_saes_directory as directory
+assert directory.get_pretrained_saes_directory.cache_info().misses == 0
+assert selection.get_saes_from_regex("gemma-scope-2b-pt-res", "layer_12/width_16k/.*")
+"""
 
 
 class Identity(SparseAutoencoder):
@@ -175,8 +187,8 @@ def test_text_that_runs_out_is_said_not_repeated(core, texts):
         core(Identity(), texts=[])
 
 
-@pytest.mark.parametrize("available, expected", [(96, (4, 8, 8)), (1000, (4, 8, 8)), (95, (3, 8, 8)), (24, (1, 2, 8)),
-                                                 (15, (1, 1, 7)), (2, (1, 1, 1))])
+@pytest.mark.parametrize("available, expected", [(160, (4, 16, 8)), (1000, (4, 16, 8)), (159, (4, 15, 8)),
+                                                 (95, (3, 8, 8)), (24, (1, 2, 8)), (15, (1, 1, 7)), (2, (1, 1, 1))])
 def test_batches_fit_the_text(available, expected):
     batches = saebench.fit(saebench.PRESETS["default"], available, 128)
     assert batches == expected and batches.blocks <= available
@@ -262,3 +274,7 @@ def some_sae():
     made = architectures.get("standard")()
     sae = SparseAutoencoder.initialise(96, torch.zeros(D), made, torch.Generator().manual_seed(0))
     return sae.requires_grad_(False)
+
+
+def test_the_list_of_hub_saes_is_parsed_when_it_is_asked_for():
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT]).returncode == 0

@@ -46,7 +46,8 @@ def to_hooked(lm, n_layers: int | None = None):
     model = HookedTransformer(cfg, move_to_device=False)
     with torch.no_grad():
         weights = _convert(architecture, _parts(lm.hf, layers[:count], whole), cfg)
-        # What load_and_process_state_dict does when it folds nothing, in one pass instead of one per tensor.
+        # What load_and_process_state_dict does when it folds nothing, in one pass instead of one per tensor. The
+        # weights stay where lm.hf has them, transposed views and all: no memory, and no copy in every layer's pass.
         model.load_state_dict(model.fill_missing_keys(weights), assign=True)
     if not whole:
         model.ln_final, model.unembed = nn.Identity(), nn.Identity()

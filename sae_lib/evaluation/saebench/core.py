@@ -53,7 +53,7 @@ class Batches(NamedTuple):
         return (self.reconstruction + self.sparsity) * self.rows
 
 
-PRESETS = {"smoke": Batches(1, 1, 4), "default": Batches(4, 8, 8), "paper": Batches(200, 2000, 16)}
+PRESETS = {"smoke": Batches(1, 1, 4), "default": Batches(4, 16, 8), "paper": Batches(200, 2000, 16)}
 
 
 def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 128,
