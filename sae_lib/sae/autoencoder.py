@@ -69,6 +69,16 @@ class SparseAutoencoder(nn.Module):
 
     def run(self, ctx: Context) -> Context:
         """One forward pass: fills pre-activations (dense path only), codes, rows and reconstruction."""
+        self.to_codes(ctx)
+        ctx.decoded, ctx.rows = ctx.codes, self.W_dec
+        for hook in self.hooks:
+            ctx.decoded = hook.decoder_codes(ctx.decoded, ctx)
+            ctx.rows = hook.decoder_rows(ctx.rows, ctx.codes, ctx)
+        ctx.reconstruction = self.architecture.decode(ctx, self.kernel) + self.b_dec
+        return ctx
+
+    def to_codes(self, ctx: Context) -> Context:
+        """The first half of ``run``: fills pre-activations (dense path only) and codes."""
         if isinstance(self.kernel, Reference):
             ctx.pre_acts = self.kernel.pre_activations(ctx.x, self)
             for hook in self.hooks:
@@ -81,16 +91,11 @@ class SparseAutoencoder(nn.Module):
             ctx.codes = hook.transform(ctx.codes, ctx)
         if self.hooks and not (ctx.training and self.architecture.silent_entries):
             ctx.codes = ctx.codes.compact()
-        ctx.decoded, ctx.rows = ctx.codes, self.W_dec
-        for hook in self.hooks:
-            ctx.decoded = hook.decoder_codes(ctx.decoded, ctx)
-            ctx.rows = hook.decoder_rows(ctx.rows, ctx.codes, ctx)
-        ctx.reconstruction = self.architecture.decode(ctx, self.kernel) + self.b_dec
         return ctx
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents (B, F) of activations (B, D) as the model gives them."""
-        return self.run(Context(self, x * self.input_scale)).codes.dense() / self.input_scale
+        return self.to_codes(Context(self, x * self.input_scale)).codes.dense() / self.input_scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, F) latents to (B, D) activations."""
