@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from sae_lib.metrics import METRICS
 from sae_lib.views import beside_nulls
 from sae_lib.views.figures_compare import labels, main, mark_apart, name_rows, span
-from sae_lib.views.template import GREY, dress, mark
+from sae_lib.views.template import GREY, dress, mark, wrapped
 
 CORE = ("explained_variance", "ce_loss_score", "kl_div_with_sae")
 
@@ -58,7 +58,7 @@ def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = ""
     text = "%{z:.1f}" if column == "splits" else "%{z:.2f}"
     fig = go.Figure(go.Heatmap(z=means.to_numpy(), x=list(means.columns), y=[names[run] for run in means.index],
                                colorscale="Cividis", zmin=0, texttemplate=text, textfont={"size": 10},
-                               colorbar={"title": {"text": metric.axis}}, hoverongaps=False))
+                               colorbar={"title": {"text": wrapped(metric.axis, 16)}}, hoverongaps=False))
     fig.update_xaxes(title="First letter", type="category", showgrid=False)
     fig.update_yaxes(automargin=True, type="category")
     return dress(fig, f"{metric.label} by letter and run ({metric.reading})", caption, width=1180,

@@ -93,7 +93,7 @@ def training_curves_by_run(histories: dict[str, pd.DataFrame], table: pd.DataFra
         seen.add(label)
     fig.update_xaxes(title="Training samples")
     fig.update_yaxes(title="Squared error per token (log)", type="log", row=1, col=1)
-    fig.update_yaxes(title=variance.axis, row=1, col=2)
+    fig.update_yaxes(title=variance.axis.capitalize(), row=1, col=2)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.1, "yanchor": "bottom"})
     return dress(fig, "Training curves by run", caption, width=1080, height=560, top=140)
 

@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from sae_lib.metrics import METRICS
 from sae_lib.views import beside_nulls, figures_compression
 from sae_lib.views.figures import caption, explained
-from sae_lib.views.template import COLOURS, GREY, GREY_INK, SYMBOLS, dress
+from sae_lib.views.template import COLOURS, GREY, GREY_INK, SYMBOLS, dress, wrapped
 
 PANELS = (("full_absorption", "mean_full_absorption_score"),
           ("absorption_fraction", "mean_absorption_fraction_score"))
@@ -122,7 +122,7 @@ def _no_result(fig: go.Figure, report: dict[str, Any]) -> None:
     """Say across the figure that there is no figure, and why."""
     why = report["not_a_result"] or report["note"] or "no figure"
     text = f"{'invalid: ' if report['status'] == 'invalid' else ''}{why}"
-    fig.add_annotation(text=_wrapped(text), xref="paper", yref="paper", x=0.5, y=0.5, showarrow=False,
+    fig.add_annotation(text=wrapped(text), xref="paper", yref="paper", x=0.5, y=0.5, showarrow=False,
                        font={"size": 16, "color": "#555555"}, bgcolor="#EEEEEE", borderpad=10)
 
 
@@ -204,9 +204,3 @@ def absorbed(words: pd.DataFrame, most: int = 30) -> pd.DataFrame:
     table = table.rename(columns={"absorbing_latent": "absorbing latent", "cosine": "cosine with the letter's probe"})
     return table.sort_values(["count", "letter"], ascending=[False, True]).head(most)[
         ["letter", "absorbing latent", "count", "words", "cosine with the letter's probe"]]
-
-
-def _wrapped(text: str, width: int = 80) -> str:
-    import textwrap
-
-    return "<br>".join(textwrap.wrap(text.replace("<", "&lt;"), width))

@@ -67,6 +67,11 @@ def value_within(value: float, low: float | None = None, high: float | None = No
     return f"{value:.4g}" + ("" if none else f" {between(low, high)}")
 
 
+def wrapped(text: str, width: int = 80) -> str:
+    """Text for a figure in lines of at most ``width`` characters; no part of it is read as a tag."""
+    return "<br>".join(textwrap.wrap(text.replace("<", "&lt;"), width))
+
+
 def between(low: float, high: float) -> str:
     """An interval as cells say it."""
     return f"[{low:.4g} to {high:.4g}]"
