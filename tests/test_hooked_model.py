@@ -53,8 +53,8 @@ def loaded(tmp_path_factory):
     def folder(kind):
         return write_model(tmp_path_factory.mktemp(kind), kind)
 
-    return lambda kind, layer=1, whole=True: language_model.load(
-        folder(kind), hook=f"blocks.{layer}.hook_resid_post", dtype="float32", device="cpu", whole=whole)
+    return lambda kind, layer=1, whole=True, dtype="float32": language_model.load(
+        folder(kind), hook=f"blocks.{layer}.hook_resid_post", dtype=dtype, device="cpu", whole=whole)
 
 
 @pytest.fixture
@@ -79,6 +79,15 @@ def test_logits_and_residual_stream_are_transformers_own(loaded, tokens, kind):
         name = f"blocks.{layer}.hook_resid_post"
         for whole in (True, False):  # 01 reads the cut model
             assert relative(cache[name], loaded(kind, layer, whole).residual(tokens)) < 1e-4, (layer, whole)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_half_of_a_float_stays_it_throughout(loaded, tokens, kind):
+    lm = loaded(kind, dtype="bfloat16")
+    model = hooked_model.to_hooked(lm)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert relative(model(tokens).float(), lm.hf(input_ids=tokens).logits.float()) < 5e-2
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -45,7 +45,8 @@ def to_hooked(lm, n_layers: int | None = None):
                                   init_weights=False)  # all are given below
     model = HookedTransformer(cfg, move_to_device=False)
     with torch.no_grad():
-        weights = _convert(architecture, _parts(lm.hf, layers[:count], whole), cfg)
+        weights = {name: weight.to(cfg.dtype)  # of Gemma's norms the conversion makes float32
+                   for name, weight in _convert(architecture, _parts(lm.hf, layers[:count], whole), cfg).items()}
         # What load_and_process_state_dict does when it folds nothing, in one pass instead of one per tensor. The
         # weights stay where lm.hf has them, transposed views and all: no memory, and no copy in every layer's pass.
         model.load_state_dict(model.fill_missing_keys(weights), assign=True)

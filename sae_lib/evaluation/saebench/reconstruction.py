@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_lib.evaluation.rerun import Rerun
 
 CHUNK = 2**26
-"""Logits that are held at once, about: 256 MB. With fewer, TransformerLens' copy of W_U at each call tells."""
+"""Logits that are held at once, about: 256 MB."""
 ALONE = ("mean", "lse", "loss", "ablated lse", "ablated loss", "ablated kl")
 
 
