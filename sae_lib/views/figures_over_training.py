@@ -88,7 +88,7 @@ def over_training(courses: list[Course], caption: str, metrics: tuple[str, ...] 
         for course in courses:
             _line(fig, course, name, zero, at)
         _without_score(fig, courses, name, zero, at)
-        fig.update_yaxes(title={"text": METRICS[name].axis, "font": {"size": 13}}, **at)
+        fig.update_yaxes(title={"text": METRICS[name].axis, "font": {"size": 13}, "standoff": 12}, **at)
     _axis(fig, [zero, *seen])
     fig.update_xaxes(title="Training samples (log)", row=rows)
     if not seen:

@@ -40,7 +40,8 @@ def split(found: Split, letter: str, title: str = "", caption: str = "") -> go.F
     if np.isnan(found.probe_cosine).all():
         fig.add_annotation(text="the probe was not kept", showarrow=False, xref="x2 domain", yref="y2 domain", x=0.5,
                            y=0.5)
-    fig.update_yaxes(type="category", autorange="reversed", row=1, col=2, title="Latent, in the probe's order")
+    fig.update_yaxes(type="category", autorange="reversed", row=1, col=2,
+                     title={"text": "Latent, in the probe's order", "standoff": 12})
     fig.update_yaxes(type="category", autorange="reversed", row=1, col=3)
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.1, "yanchor": "bottom"})
     caption += "<br>Blue bars: split latents (one more raised F1 by over 0.03); grey: the others that were tried"
