@@ -12,8 +12,16 @@ from sae_lib.data import language_model
 TINY = {"model": "tiny", "layer": 1, "dtype": "float32", "corpus": "tiny", "tokens": 6000, "context": 32,
         "store_shard_tokens": 1024, "mode": "batch", "device": "cpu"}
 
+LONG = ("test_snakefile.py", "test_browser.py", "test_notebooks.py")
+"""Files of few tests that take minutes."""
+
 # Before a test module imports a package that imports it, beside a torchvision that does not load.
 language_model.import_transformers()
+
+
+def pytest_collection_modifyitems(items):
+    """LONG files begin first, so that no worker ends with one of them while the others have nothing left."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session", autouse=True)
