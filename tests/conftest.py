@@ -37,6 +37,12 @@ def workbook_home(tmp_path_factory):
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_kept(workbook_home):
+    """Each file of tests is the first to keep what evaluations need of a model, whatever ran before it."""
+    shutil.rmtree(workbook_home / "cache" / "evaluation", ignore_errors=True)
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A home of the test's own, for what damages or interrupts; the cache is shared."""

@@ -299,8 +299,7 @@ def test_bad_ratios_are_one_clear_error(stage, key, value):
         params.check(stage, {key: value})
 
 
-def test_04_measures_absorption_by_share_of_latents(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(tmp_path))  # what other tests count on being the first to keep
+def test_04_measures_absorption_by_share_of_latents(trained):
     values = {"run": "kept/good-s1", "absorption_preset": "smoke", "threads": 1, "mode": "batch", "device": "cpu"}
     found = letters.evaluate(params.check("letters", values | {"absorption_ratios": [1.0, 0.3]}))
     whole, part = found.by_ratio["by_ratio"]
