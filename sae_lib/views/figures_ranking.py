@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -11,7 +9,7 @@ from plotly.subplots import make_subplots
 from sae_lib.evaluation.results import parts_of
 from sae_lib.metrics import METRICS
 from sae_lib.views.figures_compare import span
-from sae_lib.views.template import COLOURS, GREY, GREY_INK, dress, value_within
+from sae_lib.views.template import COLOURS, GREY, GREY_INK, dress, value_within, wrapped
 
 MAIN = ("explained_variance", "ce_loss_score", "kl_div_score", "dead_share", "mean_cos2", "mean_full_absorption_score",
         "mean_absorption_fraction_score", "sae_top_1_test_accuracy", "scr_metric_threshold_20",
@@ -88,6 +86,6 @@ def _panel(fig: go.Figure, own: pd.DataFrame, number: int) -> None:
                            yref=f"y{number + 1 if number else ''}", showarrow=False, xanchor="left",
                            font={"size": 13, "color": GREY_INK if undecided[place] else "#111111"})
     axis.update(title=metric.axis, range=[low, high], nticks=6)
-    names = ["<br>".join(textwrap.wrap(name.replace("_", "_ "), 26)).replace("_ ", "_") for name in own.variant]
+    names = [wrapped(name.replace("_", "_ "), 26).replace("_ ", "_") for name in own.variant]
     fig.update_yaxes(tickvals=places, ticktext=names, range=[len(own) - 0.4, -0.6], showgrid=False, automargin=True,
                      **at)
