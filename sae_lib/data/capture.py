@@ -15,7 +15,8 @@ from sae_lib.params import ParameterError
 BINS = torch.logspace(-2, 3, 201, dtype=torch.float64)
 """Edges of the norm histogram, in medians, evenly spaced on a log axis; what lies outside is counted in the first or
 last bin."""
-MEDIAN_BATCHES = 4
+MEDIAN_TOKENS = 16_384
+"""Tokens at the beginning of the text, whose median norm is the measure for outliers."""
 
 
 class Measured(NamedTuple):
@@ -35,8 +36,8 @@ class Measured(NamedTuple):
 
 
 def blocks_per_batch(model: LanguageModel, context: int) -> int:
-    """Blocks that the model reads at once: 4,096 tokens on a CPU, 32,768 on a GPU."""
-    return max((32_768 if model.device.type == "cuda" else 4096) // context, 1)
+    """Blocks of ``context`` tokens that the model reads at once."""
+    return max(model.tokens_per_pass // context, 1)
 
 
 def is_text(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -47,12 +48,13 @@ def is_text(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def median_norm(model: LanguageModel, blocks: np.ndarray) -> float:
-    """Median norm of text tokens in the first batches of blocks (N, T): the measure for outliers.
+    """Median norm of text tokens in the first MEDIAN_TOKENS of blocks (N, T): the measure for outliers.
 
     Raises ParameterError when there is no text among them or norms are not finite.
     """
     size, norms = blocks_per_batch(model, blocks.shape[1]), []
-    for start in range(0, min(len(blocks), MEDIAN_BATCHES * size), size):
+    blocks = blocks[:-(-MEDIAN_TOKENS // blocks.shape[1])]
+    for start in range(0, len(blocks), size):
         tokens = torch.from_numpy(blocks[start:start + size]).long()
         norms.append(model.residual(tokens).float().norm(dim=-1).cpu()[is_text(model, tokens)])
     every = torch.cat(norms)

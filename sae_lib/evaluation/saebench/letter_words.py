@@ -132,8 +132,9 @@ class WordModel:
         fresh = [prompt for prompt in dict.fromkeys(prompts) if key_of(prompt) not in self.known]
         if fresh:
             # Nothing after the word can change the activation there.
-            tokens = self.to_tokens(fresh)[:, :POSITION + 1]
-            x = self.load().residual(tokens)[:, -1].float().cpu()
+            tokens, model = self.to_tokens(fresh)[:, :POSITION + 1], self.load()
+            parts = tokens.split(max(1, model.tokens_per_pass // tokens.shape[1]))
+            x = torch.cat([model.residual(part)[:, -1].float().cpu() for part in parts])
             self.known |= {key_of(prompt): row for prompt, row in zip(fresh, x)}
             if self.bar is not None:
                 self.bar.advance(tokens.numel())
