@@ -24,6 +24,8 @@ FIRST = 33.0
 """Seconds: SmolLM2 and its texts are downloaded and converted, once a machine."""
 MODEL = 0.7
 """Share of the product's rate that a language model reaches, attention and norms included."""
+LENS = 0.7
+"""The same in SAEBench's form of it, in float32."""
 STEP = 0.9
 """Share of the timed step's rate that training reaches, with its data, history and checkpoints."""
 AFTER_TRAINING = 4e-10
@@ -62,14 +64,21 @@ class Job(NamedTuple):
     """Seconds on all cores."""
     shared: float
     """Seconds on all cores that other jobs wait for, or find done."""
+    nulls: float
+    """The same for null baselines, on this job's cores alone while the others wait."""
     amount: int = 0
     """Tokens or samples."""
     gigabytes: float = 0.0
     done: bool = False
     note: str = ""
 
+    @property
+    def alone(self) -> float:
+        """Seconds, were it the only one."""
+        return self.fixed + self.own + self.shared + self.nulls
 
-NOTHING = (0.0, 0.0, 0.0)
+
+NOTHING = (0.0, 0.0, 0.0, 0.0)
 
 
 def jobs_of(study: str, members, speed: Speed, left: set[tuple[str, str]] | None = None) -> list[Job]:
@@ -86,7 +95,7 @@ def jobs_of(study: str, members, speed: Speed, left: set[tuple[str, str]] | None
     found += [kind(member) for stage, kind in kinds.items() for member in members]
     done = counting.done("compare", study, f"runs/{study}/compare/table.csv")
     fixed = NOTEBOOK + COMPARE + COMPARE_RUN * len(members)
-    return [*found, Job("compare", study, *NOTHING, done=True) if done else Job("compare", study, fixed, 0.0, 0.0)]
+    return [*found, Job("compare", study, *NOTHING, done=True) if done else Job("compare", study, fixed, 0.0, 0.0, 0.0)]
 
 
 class _Counting:
@@ -105,11 +114,11 @@ class _Counting:
         self.paid.add(key)
         return 0.0 if done else seconds
 
-    def model(self, p: params.Extract, tokens: float, dtype: str | None = None, depth: int | None = None) -> float:
-        """Seconds of a language model on ``tokens`` tokens, through its first ``depth`` blocks (to the hook)."""
-        shape, depth = shape_of(p.model), _depth(p) if depth is None else depth
-        rate = self.speed.product(shape, dtype or p.dtype, _device(p)) * MODEL
-        return tokens * shape.operations(p.context, depth) / rate
+    def model(self, p: params.Extract, tokens: float) -> float:
+        """Seconds of a language model on ``tokens`` tokens, to the hook."""
+        shape = shape_of(p.model)
+        rate = self.speed.product(shape, p.dtype, _device(p)) * MODEL
+        return tokens * shape.operations(p.context, _depth(p)) / rate
 
     def store(self, name: str, p: params.Extract) -> Job:
         width, tokens = shape_of(p.model).d_model, p.tokens + max(p.tokens // 20, 2048)
@@ -117,7 +126,7 @@ class _Counting:
             return Job("extract", name, *NOTHING, tokens, done=True)
         size = tokens * (width * (4 if p.dtype == "float32" else 2) + COLUMN_BYTES) / 1e9
         first = FIRST * (p.model == "smollm2" and not any((runs.cache() / "models").glob("smollm2-*")))
-        return Job("extract", name, NOTEBOOK + LOAD + first, self.model(p, tokens), 0.0, tokens, size,
+        return Job("extract", name, NOTEBOOK + LOAD + first, self.model(p, tokens), 0.0, 0.0, tokens, size,
                    note=" (with the download)" if first else "")
 
     def train(self, member) -> Job:
@@ -130,7 +139,8 @@ class _Counting:
         own = self.speed.step(p, width) * (p.samples // p.batch_size) / STEP
         own += AFTER_TRAINING * p.d_sae * width * max(p.tokens // 20, 2048)
         own += self.model(p, p.samples) if streamed else 0.0
-        return Job("train", member.name, NOTEBOOK + PICTURES + LOAD * streamed, own, 0.0, p.samples, size,
+        return Job("train", member.name, NOTEBOOK + PICTURES + LOAD * streamed, own, 0.0, 0.0,
+                   p.samples, size,
                    note=" (the model reads its text on the way)" if streamed else "")
 
     def evaluate(self, member) -> Job:
@@ -140,45 +150,46 @@ class _Counting:
         done = self.done("eval", member.name, f"runs/{member.name}/evals/done.json")
         if "core" not in p.evals and not p.compression_ratios:
             return Job("eval", member.name, *NOTHING, done=True) if done else Job(
-                "eval", member.name, NOTEBOOK + PICTURES, 0.0, 0.0, note=_others(p))
+                "eval", member.name, NOTEBOOK + PICTURES, 0.0, 0.0, 0.0, note=_others(p))
         shape, batches = shape_of(asked.model), PRESETS.get(p.eval_preset, PRESETS["paper"])
         whole, to_hook = (count * batches.rows * asked.context for count in (batches.reconstruction, batches.sparsity))
-        rest = shape.blocks - _depth(asked)
-        logits = whole * 2 * shape.d_model * shape.vocabulary / self.speed.product(shape, "float32", _device(asked))
-        shared = self.model(asked, whole, "float32", shape.blocks) + self.model(asked, to_hook, "float32")
-        one = self.model(asked, whole, "float32", rest) + UNEMBEDDINGS * logits
+        deep, to_site = shape.operations(asked.context), shape.operations(asked.context, _depth(asked))
+        rate = self.speed.product(shape, "float32", _device(asked)) * LENS
+        shared = (whole * deep + to_hook * to_site) / rate
+        one = whole * (deep - to_site + UNEMBEDDINGS * 2 * shape.d_model * shape.vocabulary) / rate
         one += self._sae(asked, whole + to_hook) + self._sae(asked, 2 * asked.d_sae)
         key = (asked.model, asked.hook, asked.context, p.eval_preset, asked.corpus if isinstance(asked.corpus, str)
                else str(asked.corpus))
         shared = self.once(done, ("streams", *key), shared)
-        shared += self.once(done, ("nulls", *key, *_form(asked)), one * len(p.nulls))
+        nulls = self.once(done, ("nulls", *key, *_form(asked)), one * len(p.nulls))
         points = len(p.compression_ratios) + len(asked.snapshots) * p.over_training
         if done:
             return Job("eval", member.name, *NOTHING, done=True)
-        return Job("eval", member.name, NOTEBOOK + LOAD + PICTURES, one * (1 + points), shared, note=_others(p))
+        return Job("eval", member.name, NOTEBOOK + LOAD + PICTURES, one * (1 + points), shared, nulls,
+                   note=_others(p))
 
     def letters(self, member) -> Job:
         p, asked = (params.check(stage, member.params, member.origin) for stage in ("letters", "train"))
         done = self.done("letters", member.name, f"runs/{member.name}/evals/letters_done.json")
         if asked.model == "planted":
             return Job("letters", member.name, *NOTHING, done=True) if done else Job(
-                "letters", member.name, NOTEBOOK, 0.0, 0.0)
+                "letters", member.name, NOTEBOOK, 0.0, 0.0, 0.0)
         share = 4 if p.absorption_preset == "paper" else min(1.0, p.absorption_words_per_letter / 250)
         words = min(WORDS * share, shape_of(asked.model).vocabulary)
         pace = self.speed.product(shape_of(asked.model), "float32", _device(asked)) / 1e11
         one = SPARSE_PROBES * words / WORDS * asked.d_sae / LATENTS / pace
         prepared = self.model(asked, words * READ_AGAIN * PROMPT) + PROBES * words / WORDS / pace
-        shared = 0.0
+        shared = nulls = 0.0
         for seed in p.absorption_seeds:
             key = (asked.model, asked.hook, asked.dtype, words, seed)
             shared += self.once(done, ("words", *key), prepared)
-            nulls = sum(name in ("random", "untrained") for name in p.nulls)
-            shared += self.once(done, ("nulls", *key, *_form(asked)), one * nulls)
+            named = sum(name in ("random", "untrained") for name in p.nulls)
+            nulls += self.once(done, ("nulls", *key, *_form(asked)), one * named)
         points = len(p.absorption_ratios) + len(asked.snapshots) * p.absorption_over_training
         if done:
             return Job("letters", member.name, *NOTHING, done=True)
         return Job("letters", member.name, NOTEBOOK + LOAD + PICTURES, one * len(p.absorption_seeds) * (1 + points),
-                   shared)
+                   shared, nulls)
 
     def _sae(self, p: params.Train, rows: float) -> float:
         """Seconds of encoding and decoding ``rows`` rows densely."""

@@ -51,7 +51,7 @@ def _parts(jobs: list[Job]) -> list[str]:
     lines, names = [], dict.fromkeys(job.name for job in jobs)
     for name in names:
         own = {job.stage: job for job in jobs if job.name == name}
-        times = [f"{WORDS[stage]} {_minutes(job.fixed + job.own + job.shared) if not job.done else 'done'}{job.note}"
+        times = [f"{WORDS[stage]} {'done' if job.done else _minutes(job.alone)}{job.note}"
                  for stage, job in own.items()]
         if "extract" in own:
             what = f"store {name}: {own['extract'].amount:,} tokens, {own['extract'].gigabytes:.2f} GB"
@@ -101,11 +101,12 @@ def by_stage(jobs: list[Job], cores: int) -> dict[str, float]:
 def _wall(jobs: list[Job], cores: int, threads: int) -> float:
     """Seconds from the first job's start to the last one's end, what they share at the beginning."""
     ends = [0.0] * max(1, min(len(jobs), cores // threads))
+    # A step is timed on its own threads; all else on all cores, of which each job has its share.
+    slower = len(ends)
     for job in jobs:
-        # A step is timed on its own threads; all else on all cores, of which each job has its share.
-        slower = 1 if job.stage == "train" else len(ends)
-        heapq.heappush(ends, heapq.heappop(ends) + job.fixed + job.own * slower)
-    return max(ends) + sum(job.shared for job in jobs)
+        own = job.own * (1 if job.stage == "train" else slower)
+        heapq.heappush(ends, heapq.heappop(ends) + job.fixed + own)
+    return max(ends) + sum(job.shared + job.nulls * slower for job in jobs)
 
 
 def line(study: str, left: list[tuple[str, str]], cores: int) -> str:
