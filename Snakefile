@@ -8,7 +8,7 @@ import subprocess
 
 import nbformat
 
-from sae_lib import params, presence, runs, studies
+from sae_lib import params, plan, presence, runs, studies
 
 STUDY = config.get("study", "quickstart")
 HOME = runs.home()
@@ -28,6 +28,10 @@ onstart:
     HELD.append(presence.hold(HOME / "runs" / STUDY, f"study '{STUDY}'"))
     os.environ[presence.ENGINE] = str(os.getpid())
     os.environ[presence.CORES] = str(workflow.cores)
+    if workflow.is_main_process:
+        left = [(job.rule.name, job.wildcards_dict.get("store") or job.wildcards_dict.get("run") or STUDY)
+                for job in workflow.dag.needrun_jobs()]
+        print(plan.line(STUDY, left, workflow.cores), flush=True)
 
 
 onerror:

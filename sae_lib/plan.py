@@ -1,123 +1,138 @@
-"""What a study will cost before it starts: ``python -m sae_lib plan STUDY``.
+"""What a study will cost before it starts: ``python -m sae_lib plan STUDY``, and one line as ``snakemake`` begins.
 
-Sizes follow from the parameters. Minutes follow from one timed batch of each kind, here and now; a machine that is
-busy with other work, or a run whose latents die, takes longer.
+Sizes follow from the parameters; minutes from what ``speed`` times in a few seconds, each kind of batch once, and the
+operations and durations in ``costs``. A machine that is busy with other work, or a run whose latents die, takes longer.
 """
 
 from __future__ import annotations
 
-import time
-from typing import NamedTuple
+import heapq
+import json
+import os
+import subprocess
+import sys
 
 from sae_lib import params, runs, studies
+from sae_lib.costs import Job, jobs_of
+from sae_lib.speed import Speed
 
-COLUMN_BYTES = 14
-"""Bytes of a row beside its activations: token, document, block and position."""
-MODEL_PASSES = 3.5
-"""Passes of the model that core makes over its text, each counted whole: clean, with the SAE, ablated, to the hook."""
-
-
-class Cost(NamedTuple):
-    """One part of a study."""
-
-    what: str
-    tokens: int
-    """Text tokens or training samples to process."""
-    gigabytes: float
-    minutes: float
-    note: str
+WORDS = {"extract": "extract", "train": "train", "eval": "evaluate", "letters": "letters", "compare": "compare"}
+"""Each stage in the line, in their order."""
+PATIENCE = 5.0
+"""Seconds that the line as snakemake begins may time steps for; kinds beyond are guessed by their size."""
+LIMIT = 60.0
+"""Seconds after which work begins without the line."""
 
 
 def plan(study: str) -> int:
-    """Print the cost of every part of a study and of the whole; nothing is written but what 01 downloads anyway."""
+    """Print the cost of every part of a study and of the whole; nothing is written."""
     members = studies.expand(study)
     studies.check_ingredients(members)
-    costs = _stores(members) + [_run(member) for member in members]
-    for cost in costs:
-        print(f"{cost.what}: {cost.tokens:,} {'tokens' if cost.what.startswith('store') else 'samples'}, "
-              f"{cost.gigabytes:.2f} GB, {cost.minutes:.1f} min{cost.note}")
-    print(f"{study}: {len(members)} runs, {sum(c.gigabytes for c in costs):.2f} GB, about "
-          f"{sum(c.minutes for c in costs):.0f} minutes on all cores of this machine (04, nulls, pictures not counted)")
+    _check_layers(members)
+    cores = os.cpu_count() or 1
+    jobs = jobs_of(study, members, Speed(cores=cores, training=threads_of(len(members), cores)["train"]))
+    for text in _parts(jobs):
+        print(text)
+    size = sum(job.gigabytes for job in jobs)
+    print(f"{len(members)} runs, {size:.2f} GB on disk. {in_words(study, jobs, cores)}")
     return 0
 
 
-def _stores(members) -> list[Cost]:
-    asked = {}
-    for member in members:
-        p = params.check("extract", member.params, member.origin)
-        asked.setdefault(params.activations_name(p), p)
-    return [_store(name, p) for name, p in asked.items()]
-
-
-def _store(name: str, p: params.Extract) -> Cost:
-    """A store that is finished costs nothing; else one batch of its model is timed."""
-    import torch
-
+def _check_layers(members) -> None:
     from sae_lib.data import language_model
 
-    language_model.check_layer(p.model, p.hook)
-    width, tokens = language_model.describe(p.model).d_model, p.tokens + p.tokens // 20
-    if (runs.home() / "activations" / name / "manifest.json").exists():
-        return Cost(f"store {name}", tokens, 0.0, 0.0, " (there already)")
-    model = language_model.load(p.model, hook=p.hook, dtype=p.dtype, device=p.device)
-    batch = torch.full((32, p.context), model.bos_id)
-    seconds = _timed(lambda: model.residual(batch))
-    size = tokens * (width * (2 if model.dtype == torch.bfloat16 else 4) + COLUMN_BYTES) * (p.store == "disk")
-    return Cost(f"store {name}", tokens, size / 1e9, seconds * tokens / batch.numel() / 60,
-                "" if p.store == "disk" else " (streamed: each run pays it again)")
+    for model, hook in {(p.model, p.hook) for p in (params.check("extract", member.params, member.origin)
+                                                    for member in members) if p.model != language_model.PLANTED}:
+        language_model.check_layer(model, hook)
 
 
-def _run(member) -> Cost:
-    """One step of the variant on random activations, and one batch of the whole model for core."""
-    import torch
-
-    from sae_lib.data import language_model
-    from sae_lib.training.trainer import Trainer
-
-    p = params.check("train", member.params, member.origin)
-    width = language_model.describe(p.model).d_model
-    trainer = Trainer(p, _Random(width, p.batch_size))
-    batch = next(trainer.source.batches(p.batch_size, p.batch_size))
-    seconds = _timed(lambda: trainer.one_step(batch)) * trainer.total_steps
-    model = language_model.load(p.model, hook=p.hook, dtype="float32", device=p.device, whole=True)
-    tokens = torch.full((8, p.context), model.bos_id)
-    seconds += _timed(lambda: model.hf(input_ids=tokens.to(model.device))) * MODEL_PASSES * 12
-    size = 4 * p.d_sae * 2 * width / 1e9 * (1 + len(set(p.snapshots) - {1.0}))
-    return Cost(f"run {member.name}", p.samples, size, seconds / 60, "")
+def _parts(jobs: list[Job]) -> list[str]:
+    """A line for each store and each run: what is asked of it, and its minutes if it were alone."""
+    lines, names = [], dict.fromkeys(job.name for job in jobs)
+    for name in names:
+        own = {job.stage: job for job in jobs if job.name == name}
+        times = [f"{WORDS[stage]} {'done' if job.done else _minutes(job.alone)}{job.note}"
+                 for stage, job in own.items()]
+        if "extract" in own:
+            what = f"store {name}: {own['extract'].amount:,} tokens, {own['extract'].gigabytes:.2f} GB"
+        elif "train" in own:
+            what = f"run {name}: {own['train'].amount:,} samples, {own['train'].gigabytes:.2f} GB"
+        else:
+            what = "comparison"
+        lines.append(f"{what}; minutes: {', '.join(times)}")
+    return lines
 
 
-def _timed(work, repeats: int = 3) -> float:
-    """Shortest of a few calls, in seconds, after one that warms up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+def in_words(study: str, jobs: list[Job], cores: int) -> str:
+    """The line: the study's minutes, and those of each stage; one that is finished is done."""
+    minutes = {stage: seconds / 60 for stage, seconds in by_stage(jobs, cores).items()}
+    parts = [f"{WORDS[stage]} {_minutes(60 * value) if value else 'done'}" for stage, value in minutes.items()]
+    without = sorted({job.note for job in jobs if job.note.startswith(" (without") and not job.done})
+    total = sum(minutes.values())
+    return f"{study}: {_about(total)}: {', '.join(parts)}{without[0] if without else ''}"
 
 
-class _Random:
-    """A source of random activations of a model's width: enough to time a step."""
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}"
 
-    name = content_hash = "random"
-    scale, reads_ahead = 1.0, False
 
-    def __init__(self, width: int, rows: int):
-        import torch
+def _about(minutes: float) -> str:
+    """A number of minutes in words that claim no more than is known."""
+    if not minutes:
+        return "nothing is left to do"
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes:.0f} min" if minutes < 100 else f"about {minutes / 60:.1f} hours"
 
-        from sae_lib.data.store import Batch
 
-        x = torch.randn(max(rows, 256), width, generator=torch.Generator().manual_seed(0))
-        places = torch.arange(len(x), dtype=torch.int32)
-        self.batch = Batch(x, places, places, places, places)
-        self.d_in, self.n_train, self.manifest = width, len(x), {"model": {"identity": "random"}}
+def threads_of(members: int, cores: int) -> dict[str, int]:
+    """Threads of a job of each stage, as the Snakefile gives them out."""
+    share = max(1, cores // max(1, members))
+    return {"extract": cores, "train": min(cores, max(share, 4)), "eval": share, "letters": share, "compare": 1}
 
-    def batches(self, batch_size: int, samples: int, **_):
-        """The same rows again and again."""
-        while True:
-            yield self.batch._replace(x=self.batch.x[:batch_size])
 
-    def heldout(self, limit=None):
-        """The same rows."""
-        return self.batch
+def by_stage(jobs: list[Job], cores: int) -> dict[str, float]:
+    """Seconds of each stage as snakemake runs it: as many jobs at once as their threads leave room for."""
+    threads = threads_of(sum(job.stage == "train" for job in jobs), cores)
+    return {stage: _wall([job for job in jobs if job.stage == stage and not job.done], cores, threads[stage])
+            for stage in WORDS}
+
+
+def _wall(jobs: list[Job], cores: int, threads: int) -> float:
+    """Seconds from the first job's start to the last one's end, what they share at the beginning."""
+    ends = [0.0] * max(1, min(len(jobs), cores // threads))
+    # A step is timed on its own threads; all else on all cores, of which each job has its share.
+    slower = len(ends)
+    for job in jobs:
+        own = job.own * (1 if job.stage == "train" else slower)
+        heapq.heappush(ends, heapq.heappop(ends) + job.fixed + own)
+    return max(ends) + sum(job.shared + job.nulls * slower for job in jobs)
+
+
+def line(study: str, left: list[tuple[str, str]], cores: int) -> str:
+    """The line of the jobs in ``left`` (stage and name), made by a process of its own that cannot stop the work.
+
+    A sentence says why where there is none.
+    """
+    asked = json.dumps({"study": study, "left": left, "cores": cores})
+    try:
+        found = subprocess.run([sys.executable, "-m", "sae_lib.plan"], input=asked, capture_output=True, text=True,
+                               timeout=LIMIT, cwd=runs.project())
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{study}: how long it takes is not known ({type(error).__name__})"
+    said = (found.stdout.strip() or found.stderr.strip() or "no answer").splitlines()[-1]
+    return said if found.returncode == 0 else f"{study}: how long it takes is not known ({said})"
+
+
+def main() -> int:
+    """Read what is left to do from the standard input and print the line."""
+    asked = json.load(sys.stdin)
+    study, cores, members = asked["study"], asked["cores"], studies.expand(asked["study"])
+    speed = Speed(PATIENCE, cores, threads_of(len(members), cores)["train"])
+    jobs = jobs_of(study, members, speed, {tuple(one) for one in asked["left"]})
+    print(in_words(study, jobs, cores))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

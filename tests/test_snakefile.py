@@ -58,6 +58,8 @@ def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout):
     folder, call = checkout
     code, text = call()
     assert code == 0, text[-3000:]
+    assert re.search(r"^small: (about|less).*: extract [\d.]+, train [\d.]+, evaluate [\d.]+, letters [\d.]+, compare ",
+                     text, re.M), text[:3000]
     assert (folder / "runs/small/compare/table.csv").exists()
     for name in ("a", "b"):
         run = runs.read_json(folder / f"runs/small/tiny-{name}-s1/validity.json")
