@@ -124,7 +124,7 @@ class Train(Extract):
     order: Literal["shuffled", "sequence_blocks"] = "shuffled"
     """Rows in random order, or blocks of text in order."""
     lr: float | None = Field(None, gt=0)
-    """Learning rate; None takes 2e-4 / sqrt(d_sae / 16384) where k is given, else 3e-4."""
+    """Learning rate; None takes the architecture's tuned one times sqrt(576 / D) (docs/learning_rate.md)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder's product; weights and all else are float32. auto takes bfloat16 where the processor has it."""
     warmup_steps: int = Field(100, ge=0)

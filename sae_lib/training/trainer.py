@@ -89,7 +89,7 @@ class Trainer:
                                        kernels.precision_of(p.precision, self.device),
                                        density=self.sae.architecture.density(p.d_sae))
         self.sae.architecture.calibrate(self.sae, sample.to(self.device))
-        self.lr = p.lr or architecture.default_lr(p.d_sae)
+        self.lr = p.lr or architecture.default_lr(source.d_in)
         self.parameters = [part for part in self.sae.parameters() if part.requires_grad]
         for part in self.ingredients:
             part.state = {name: value.to(self.device) for name, value in part.state.items()}

@@ -19,17 +19,13 @@ class TopK(architectures.Architecture):
     name = "topk"
     uses = frozenset({"k", "aux_k", "aux_weight", "aux_dead_after"})
     sparse = True
+    tuned_lr = 3.2e-3
 
     @classmethod
     def from_params(cls, p, d_in: int) -> TopK:
         """``aux_k`` is half the model's width where none is named (Gao et al., appendix A.2)."""
         aux_k = d_in // 2 if p.aux_k is None else p.aux_k
         return cls(k=p.k, aux_k=aux_k, aux_weight=p.aux_weight)
-
-    @staticmethod
-    def default_lr(d_sae: int) -> float:
-        """2e-4 / sqrt(F / 16384), the studies' rule."""
-        return 2e-4 / (d_sae / 16384) ** 0.5
 
     def density(self, d_sae: int) -> float:
         """k / F."""
