@@ -179,7 +179,7 @@ class Trainer:
         with torch.no_grad():
             for part in self.ingredients:
                 part.on_gradients(sae, ctx)
-        factor = learning_rate_factor(self.step, self.total_steps, p.warmup_steps, p.lr_decay)
+        factor = learning_rate_factor(self.step, self.total_steps, p.warmup, p.lr_decay)
         norm = self.optimiser.step(self.lr * factor, p.grad_clip, math.prod(rates) if rates else None)
         with torch.no_grad():
             for part in self.ingredients:
@@ -284,7 +284,7 @@ class Trainer:
     def _unfinished(self) -> list[str]:
         found = [f"{part.name}.{key}" for part in self.ingredients for key, schedule in part.schedules().items()
                  if schedule.unfinished(self.step, self.total_steps)]
-        return found + (["warmup_steps"] if self.step < self.p.warmup_steps else [])
+        return found + (["warmup_steps"] if self.step < self.p.warmup else [])
 
 
 def unused_parameters(p: Train) -> list[str]:

@@ -46,7 +46,7 @@ class Architecture:
     lens_names: ClassVar[dict[str, str]] = {}
     """What SAELens calls a part that it calls otherwise."""
 
-    tuned_lr: ClassVar[float] = 3e-4
+    tuned_lr: ClassVar[float] = 3.2e-3
     """The learning rate that was best where D is TUNED_D (benchmarks/tune.py)."""
 
     def __init__(self, **config: Any):

@@ -19,7 +19,6 @@ class TopK(architectures.Architecture):
     name = "topk"
     uses = frozenset({"k", "aux_k", "aux_weight", "aux_dead_after"})
     sparse = True
-    tuned_lr = 3.2e-3
 
     @classmethod
     def from_params(cls, p, d_in: int) -> TopK:
