@@ -202,6 +202,7 @@ def trained_by_sae_lens(task: Task) -> Trained:
     scale = task.D ** 0.5 / task.mean_norm
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=task.D, d_sae=task.F, k=task.k, device="cpu", dtype="float32"))
     config = SAETrainerConfig(total_training_samples=task.steps * task.batch, train_batch_size_samples=task.batch)
+    config.lr_end = config.lr / 10  # as its runner's configuration does; a constant rate has no use for it
     trainer = SAETrainer(config, sae, data_provider=(x * scale for x in task.batches))
     with contextlib.redirect_stderr(io.StringIO()):
         trainer.fit()

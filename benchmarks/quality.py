@@ -40,7 +40,7 @@ def own(p: params.Train, store) -> peers.Trained:
     trainer.fit()
     sae = trainer.sae.folded(store.scale)
     return peers.Trained(sae.encode, sae.decode, {"optimiser": "Adam", "lr": trainer.lr,
-                                                  "warmup_steps": p.warmup_steps, "lr_decay": p.lr_decay,
+                                                  "warmup_steps": p.warmup, "lr_decay": p.lr_decay,
                                                   "aux_dead_after": p.aux_dead_after})
 
 
