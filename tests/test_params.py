@@ -116,3 +116,20 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     path.write_text('{"x": ')
     with pytest.raises(runs.RunError, match="a.json: damaged JSON"):
         runs.read_json(path)
+
+
+OWN_RATES = {"progressive": 4e-4, "progressive_seeds": 4e-4, "progressive_gemma": 2e-4, "temporal": 4e-4,
+             "temporal_windows": 4e-4, "temporal_gemma": 2e-4 / (4608 / 16384) ** 0.5,
+             "temporal_wide_gemma": 2e-4 / (18432 / 16384) ** 0.5, "hybrid": 3e-4, "hybrid_topk": 4e-4,
+             "hybrid_gemma": 3e-4, "compression": 3e-4, "compression_gemma": 3e-4, "as_described": 3e-4}
+
+
+@pytest.mark.parametrize("name", OWN_RATES)
+def test_the_studies_train_with_their_own_rates(name):
+    """2e-4 / sqrt(F / 16384) for TopK, 3e-4 for ReLU, whatever the defaults are; baselines share them."""
+    for member in studies.expand(name):
+        p = check("train", member.params)
+        rate = 2e-4 / (p.d_sae / 16384) ** 0.5 if p.architecture == "topk" else 3e-4
+        assert p.lr == rate == OWN_RATES[name]
+        assert (p.warmup_steps, p.lr_decay) == (1000 if "gemma" in name else 100, 0.2)
+        assert p.architecture != "topk" or p.aux_dead_after == 100_000

@@ -124,11 +124,11 @@ class Train(Extract):
     order: Literal["shuffled", "sequence_blocks"] = "shuffled"
     """Rows in random order, or blocks of text in order."""
     lr: float | None = Field(None, gt=0)
-    """Learning rate; None takes 2e-4 / sqrt(d_sae / 16384) where k is given, else 3e-4."""
+    """Learning rate; None takes 3.2e-3 sqrt(576 / D) (docs/learning_rate.md)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder's product; weights and all else are float32. auto takes bfloat16 where the processor has it."""
-    warmup_steps: int = Field(100, ge=0)
-    """Steps over which the learning rate rises."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the learning rate rises; None takes 100, or a tenth of the steps where that is fewer."""
     lr_decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps, at the end, over which the learning rate falls to 0."""
     grad_clip: float = Field(1.0, gt=0)
@@ -151,6 +151,12 @@ class Train(Extract):
     """Shares of training (0 is before it) after which the SAE is kept whole, for evaluation over training."""
     stop_after_steps: int | None = Field(None, ge=0)
     """Cut the run after so many steps, as an interruption would: the run is then invalid."""
+
+    @property
+    def warmup(self) -> int:
+        """``warmup_steps``, or what stands for None."""
+        tenth = self.samples // self.batch_size // 10
+        return min(100, tenth) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def snapshot_steps(self) -> dict[int, float]:

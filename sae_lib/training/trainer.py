@@ -89,7 +89,7 @@ class Trainer:
                                        kernels.precision_of(p.precision, self.device),
                                        density=self.sae.architecture.density(p.d_sae))
         self.sae.architecture.calibrate(self.sae, sample.to(self.device))
-        self.lr = p.lr or architecture.default_lr(p.d_sae)
+        self.lr = p.lr or architecture.default_lr(source.d_in)
         self.parameters = [part for part in self.sae.parameters() if part.requires_grad]
         for part in self.ingredients:
             part.state = {name: value.to(self.device) for name, value in part.state.items()}
@@ -179,7 +179,7 @@ class Trainer:
         with torch.no_grad():
             for part in self.ingredients:
                 part.on_gradients(sae, ctx)
-        factor = learning_rate_factor(self.step, self.total_steps, p.warmup_steps, p.lr_decay)
+        factor = learning_rate_factor(self.step, self.total_steps, p.warmup, p.lr_decay)
         norm = self.optimiser.step(self.lr * factor, p.grad_clip, math.prod(rates) if rates else None)
         with torch.no_grad():
             for part in self.ingredients:
@@ -284,7 +284,7 @@ class Trainer:
     def _unfinished(self) -> list[str]:
         found = [f"{part.name}.{key}" for part in self.ingredients for key, schedule in part.schedules().items()
                  if schedule.unfinished(self.step, self.total_steps)]
-        return found + (["warmup_steps"] if self.step < self.p.warmup_steps else [])
+        return found + (["warmup_steps"] if self.step < self.p.warmup else [])
 
 
 def unused_parameters(p: Train) -> list[str]:

@@ -17,6 +17,8 @@ from sae_lib.sae.codes import Codes
 from sae_lib.sae.context import Context
 
 REGISTRY: dict[str, type[Architecture]] = {}
+TUNED_D = 576
+"""Width of the activations that learning rates were tuned on."""
 
 
 class Architecture:
@@ -44,6 +46,9 @@ class Architecture:
     lens_names: ClassVar[dict[str, str]] = {}
     """What SAELens calls a part that it calls otherwise."""
 
+    tuned_lr: ClassVar[float] = 3.2e-3
+    """The learning rate that was best where D is TUNED_D (benchmarks/tune.py)."""
+
     def __init__(self, **config: Any):
         self.__dict__.update(config)
 
@@ -52,10 +57,13 @@ class Architecture:
         """Build from typed training parameters."""
         return cls(**{name: getattr(p, name) for name in cls.uses})
 
-    @staticmethod
-    def default_lr(d_sae: int) -> float:
-        """The learning rate where the parameters name none."""
-        return 3e-4
+    @classmethod
+    def default_lr(cls, d_in: int) -> float:
+        """The learning rate where the parameters name none: ``tuned_lr * sqrt(576 / D)`` (docs/learning_rate.md).
+
+        Adam moves every entry of a row by about the rate, a row of unit norm by the angle ``lr * sqrt(D)``.
+        """
+        return cls.tuned_lr * (TUNED_D / d_in) ** 0.5
 
     def density(self, d_sae: int) -> float:
         """Share of latents that are active, where it is known before training; else 0."""

@@ -26,11 +26,6 @@ class TopK(architectures.Architecture):
         aux_k = d_in // 2 if p.aux_k is None else p.aux_k
         return cls(k=p.k, aux_k=aux_k, aux_weight=p.aux_weight)
 
-    @staticmethod
-    def default_lr(d_sae: int) -> float:
-        """2e-4 / sqrt(F / 16384), the studies' rule."""
-        return 2e-4 / (d_sae / 16384) ** 0.5
-
     def density(self, d_sae: int) -> float:
         """k / F."""
         return self.k / d_sae
