@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import kept_kernel
 import pandas as pd
 import papermill
 import pytest
@@ -291,8 +292,7 @@ def test_03_shows_what_is_there_and_ends_with_an_error(run, tmp_path):
     texts.write_text("[]" if texts.suffix == ".json" else "")
     try:
         with pytest.raises(papermill.PapermillExecutionError, match="1 of 2 evaluations failed; core: "):
-            papermill.execute_notebook(str(runs.project() / "notebooks/03_eval.ipynb"), str(tmp_path / "03.ipynb"),
-                                       cwd=str(tmp_path), progress_bar=False, parameters=values)
+            kept_kernel.execute("03_eval", tmp_path / "03.ipynb", tmp_path, values)
     finally:
         texts.write_bytes(held)
     text = page(tmp_path / "03.ipynb")

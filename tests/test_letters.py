@@ -4,9 +4,9 @@ import random
 import threading
 from pathlib import Path
 
+import kept_kernel
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 import torch
 
@@ -291,10 +291,8 @@ def test_the_page(trained, tmp_path, run, word):
     from test_notebooks import page
 
     out = tmp_path / "04.ipynb"
-    papermill.execute_notebook(
-        str(runs.project() / "notebooks/04_letter_absorption.ipynb"), str(out), cwd=str(tmp_path), progress_bar=False,
-        parameters={"run": f"letters/{run}", "absorption_preset": "smoke", "mode": "batch", "device": "cpu",
-                    "threads": 1})
+    kept_kernel.execute("04_letter_absorption", out, tmp_path, {
+        "run": f"letters/{run}", "absorption_preset": "smoke", "mode": "batch", "device": "cpu", "threads": 1})
     text = page(out)
     assert word in text and ("<td>Full absorption</td>" in text) == (run == "first")
     assert (runs.folder_of(f"letters/{run}") / "figures/letter_absorption.html").exists()

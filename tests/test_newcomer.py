@@ -2,10 +2,11 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import checkouts
 
 from sae_lib import runs
 
@@ -29,12 +30,11 @@ print(validity.update(run).status, run.json("training.json")["terms"]["small_cod
 def test_a_new_ingredient_is_one_file_and_one_params_file(tmp_path):
     code, values = re.findall(r"```(?:python|yaml)\n(.*?)```", (runs.project() / "README.md").read_text(), re.S)
     assert len(code.strip().splitlines()) <= 10 and "small_codes" in code and "small_codes" in values
-    for folder in ("sae_lib", "params", "notebooks"):
-        shutil.copytree(runs.project() / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    checkouts.copy(tmp_path, "sae_lib", "params", "notebooks")
     (tmp_path / "sae_lib/training/ingredients/small_codes.py").write_text(code)
     (tmp_path / "params/variants/small_codes.yaml").write_text(values)
     where = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent}",
-                          "SAE_WORKBOOK_HOME": str(tmp_path)}
+                          "SAE_WORKBOOK_HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def trial(*changes):
         return subprocess.run([sys.executable, "-W", "ignore", "-c", TRIAL, *changes], cwd=tmp_path, env=where,

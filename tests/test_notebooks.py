@@ -1,5 +1,6 @@
 """Every notebook under papermill on the tiny model: good runs and bad ones, each named for what it is."""
 
+import kept_kernel
 import nbformat
 import pandas as pd
 import papermill
@@ -24,8 +25,7 @@ def execute(name, folder, home, **values):
     declared = papermill.inspect_notebook(str(runs.project() / f"notebooks/{name}.ipynb"))
     values = {key: value for key, value in {**model, **SMALL, **values}.items() if key in declared}
     out = folder / f"{name}.ipynb"
-    papermill.execute_notebook(str(runs.project() / f"notebooks/{name}.ipynb"), str(out), parameters=values,
-                               cwd=str(home), progress_bar=False)
+    kept_kernel.execute(name, out, home, values)
     return page(out)
 
 
@@ -138,7 +138,5 @@ def test_a_person_is_shown_figures_to_move_and_files_are_written_all_the_same(wo
 def test_a_misspelt_parameter_stops_the_notebook_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_WORKBOOK_HOME", str(tmp_path))
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'kk'; did you mean 'k'"):
-        papermill.execute_notebook(str(runs.project() / "notebooks/02_train_variant.ipynb"),
-                                   str(tmp_path / "out.ipynb"), parameters={"kk": 64}, cwd=str(tmp_path),
-                                   progress_bar=False)
+        kept_kernel.execute("02_train_variant", tmp_path / "out.ipynb", tmp_path, {"kk": 64})
     assert not (tmp_path / "runs").exists()

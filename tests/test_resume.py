@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,23 @@ def assert_same(one, other):
         {k: v for k, v in other.report.items() if k not in times}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an undisturbed training gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_WORKBOOK_HOME", str(tmp_path_factory.mktemp("whole")))
+        return train(runs.home())[0]
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """The home of a training that was interrupted after 37 of 100 steps, to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_WORKBOOK_HOME", str(tmp_path_factory.mktemp("cut")))
+        train(runs.home(), Interrupted(37))
+        return runs.home()
+
+
 @pytest.mark.parametrize("values", [ORTHOGONAL | {"d_sae": 512, "k": 2}, CONTROLLED], ids=["topk", "standard"])
 def test_an_interrupted_training_goes_on_to_the_same_bits(homes, values, capsys):
     whole, _ = train(homes[0], **values)
@@ -99,9 +117,10 @@ def flip(path):
     lambda c: (c / "state.json").write_bytes(b"\xff\xfe"),
 ])
 @pytest.mark.parametrize("both", [False, True])
-def test_a_damaged_checkpoint_falls_back_and_says_so(homes, damage, both, capsys):
-    whole, _ = train(homes[0])
-    _, run = train(homes[1], Interrupted(37))
+def test_a_damaged_checkpoint_falls_back_and_says_so(homes, whole, cut, damage, both, capsys):
+    shutil.copytree(cut, homes[1])
+    os.environ["SAE_WORKBOOK_HOME"] = str(homes[1])
+    run = runs.Run("trial")
     damage(newest(run))
     if both:
         damage(sorted((run.path / "checkpoints").iterdir())[0])
@@ -114,17 +133,17 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(homes, damage, both, capsys
 
 @pytest.mark.parametrize("values, named", [({"k": 4}, "k:"), ({"threads": 2}, "threads:"),
                                            ({"samples": 30_000}, "samples:")])
-def test_checkpoints_of_other_parameters_are_not_used(homes, values, named, capsys):
-    train(homes[1], Interrupted(37))
+def test_checkpoints_of_other_parameters_are_not_used(homes, cut, values, named, capsys):
+    shutil.copytree(cut, homes[1])
     resumed, run = train(homes[1], **values)
     torch.set_num_threads(1)
     assert f"was made with other {named} not used" in capsys.readouterr().out
     assert resumed.report["resumed_at"] == [] and len(list((run.path / "checkpoints").iterdir())) == 2
 
 
-def test_how_often_is_no_other_parameter_and_0_writes_none(homes):
-    _, run = train(homes[1], Interrupted(37))
-    assert [int(path.name) for path in sorted((run.path / "checkpoints").iterdir())] == [20, 30]
+def test_how_often_is_no_other_parameter_and_0_writes_none(homes, cut):
+    shutil.copytree(cut, homes[1])
+    assert [int(path.name) for path in sorted((homes[1] / "runs/trial/checkpoints").iterdir())] == [20, 30]
     assert train(homes[1], checkpoint_every=0)[0].report["resumed_at"] == [30]
     _, run = train(homes[0], checkpoint_every=0)
     assert not (run.path / "checkpoints").exists()
@@ -266,16 +285,25 @@ def test_a_process_ends_with_its_engine():
 
 # -- verify ---------------------------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def sealed_home(tiny, tmp_path_factory):
+    """A home with a trained, sealed run on a store of its own, to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_WORKBOOK_HOME", str(tmp_path_factory.mktemp("sealed")))
+        activations.extract(tiny())
+        p = check("train", TINY | SMALL | {"samples": 5120})
+        run = runs.start(p)
+        trainer.train(p, activations.source(p), run)
+        validity.update(run)
+        verify.seal(run, "02_train_variant")
+        return runs.home()
+
+
 @pytest.fixture
-def sealed(elsewhere, tiny):
+def sealed(elsewhere, sealed_home):
     """A trained, sealed run on a store of its own."""
-    activations.extract(tiny())
-    p = check("train", TINY | SMALL | {"samples": 5120})
-    run = runs.start(p)
-    trainer.train(p, activations.source(p), run)
-    validity.update(run)
-    verify.seal(run, "02_train_variant")
-    return run
+    shutil.copytree(sealed_home, elsewhere, dirs_exist_ok=True)
+    return runs.Run("trial")
 
 
 def change(path, edit):
@@ -325,17 +353,16 @@ def test_a_later_stage_vouches_for_its_own_files_alone(sealed):
         verify.verify("none")
 
 
-def test_a_training_stopped_by_hand_keeps_its_checkpoints(homes):
+def test_a_training_stopped_by_hand_keeps_its_checkpoints(homes, whole):
     class ByHand(Planted):
         def batches(self, batch_size, samples, **how):
             for number, batch in enumerate(super().batches(batch_size, samples, **how)):
                 if samples > batch_size * 2 and number == 37:
                     raise KeyboardInterrupt
                 yield batch
-    whole, _ = train(homes[0])
-    cut, run = train(homes[1], ByHand())
+    stopped, run = train(homes[1], ByHand())
     verify.seal(run, "02_train_variant")
-    assert cut.report["steps"] == 37
+    assert stopped.report["steps"] == 37
     resumed, _ = train(homes[1])
     assert resumed.report["resumed_at"] == [30]
     assert_same(whole, resumed)

@@ -2,12 +2,13 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import checkouts
+import nbformat
 import pandas as pd
 import psutil
 import pytest
@@ -15,10 +16,13 @@ import pytest
 from sae_lib import runs
 
 VARIANT = "architecture: topk\nd_sae: 128\nk: {k}\nsamples: 30000\nbatch_size: 256\nlr: 0.002\nwarmup_steps: 10\n"
+VARIANTS = {"a": VARIANT.format(k=8).replace("d_sae: 128", "d_sae: 512").replace("samples: 30000", "samples: 200000"),
+            "b": VARIANT.format(k=16)}
+"""The first takes long enough to be interrupted in."""
 STUDY = """models: [tiny]
 variants: [a, b]
 seeds: [1]
-shared: {tokens: 8000, eval_preset: smoke}
+shared: {tokens: 9000, store_shard_tokens: 512, checkpoint_every: 50, eval_preset: smoke, nulls: []}
 """
 
 
@@ -26,27 +30,33 @@ shared: {tokens: 8000, eval_preset: smoke}
 def checkout(tmp_path_factory):
     """A copy of the project with a study of two small runs, and a way to call snakemake in it."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("sae_lib", "notebooks", "params", "profiles", "Snakefile"):
-        source = runs.project() / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    checkouts.copy(folder, "sae_lib", "notebooks", "params", "profiles", "Snakefile")
     (folder / "params/studies/small.yaml").write_text(STUDY)
-    for name, k in (("a", 8), ("b", 16)):
-        (folder / f"params/variants/{name}.yaml").write_text(VARIANT.format(k=k))
-    environment = os.environ | {"PYTHONPATH": str(folder), "SAE_WORKBOOK_HOME": str(folder)}
+    for name, text in VARIANTS.items():
+        (folder / f"params/variants/{name}.yaml").write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
 
-    def start(*arguments, study="small"):
+    def start(*arguments, study="small", home=folder):
         words = [sys.executable, "-m", "snakemake", "--config", f"study={study}", *arguments]
         # A shell's background job ignores Ctrl-C, and what it starts inherits that: here it shall be heard.
-        return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True, start_new_session=True,
+        return subprocess.Popen(words, cwd=folder, env=environment | {"SAE_WORKBOOK_HOME": str(home)},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
-    def call(*arguments, study="small"):
-        process = start(*arguments, study=study)
+    def call(*arguments, **where):
+        process = start(*arguments, **where)
         text, _ = process.communicate()
         return process.returncode, text
     call.start = start
     yield folder, call
+
+
+@pytest.fixture(scope="module")
+def whole(checkout):
+    """What snakemake said as it ran the small study, undisturbed."""
+    code, text = checkout[1]()
+    assert code == 0, text[-3000:]
+    return text
 
 
 def jobs(text):
@@ -54,12 +64,10 @@ def jobs(text):
     return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", text.split("Job stats:")[1], re.M)}
 
 
-def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout):
+def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout, whole):
     folder, call = checkout
-    code, text = call()
-    assert code == 0, text[-3000:]
     assert re.search(r"^small: (about|less).*: extract [\d.]+, train [\d.]+, evaluate [\d.]+, letters [\d.]+, compare ",
-                     text, re.M), text[:3000]
+                     whole, re.M), whole[:3000]
     assert (folder / "runs/small/compare/table.csv").exists()
     for name in ("a", "b"):
         run = runs.read_json(folder / f"runs/small/tiny-{name}-s1/validity.json")
@@ -70,7 +78,7 @@ def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout):
     (folder / "params/variants/b.yaml").write_text(VARIANT.format(k=12))
     assert jobs(call("--dry-run")[1]) == {"train": 1, "eval": 1, "letters": 1, "compare": 1, "all": 1,
                                               "total": 5}
-    (folder / "params/variants/b.yaml").write_text(VARIANT.format(k=16))
+    (folder / "params/variants/b.yaml").write_text(VARIANTS["b"])
     (folder / "params/studies/small.yaml").write_text(STUDY.replace("smoke", "default"))
     assert jobs(call("--dry-run")[1]) == {"eval": 2, "compare": 1, "all": 1, "total": 4}
 
@@ -78,18 +86,17 @@ def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout):
 def test_after_a_failed_job_what_is_there_is_compared(checkout):
     folder, call = checkout
     (folder / "params/variants/broken.yaml").write_text(VARIANT.format(k=8) + "activations: nowhere\n")
-    (folder / "params/studies/failing.yaml").write_text(STUDY.replace("[a, b]", "[a, broken]"))
+    (folder / "params/studies/failing.yaml").write_text(STUDY.replace("[a, b]", "[b, broken]"))
     code, text = call(study="failing")
     assert code != 0, text[-3000:]
     table = pd.read_csv(folder / "runs/failing/compare/table.csv").set_index("variant")
-    assert table.status.to_dict() == {"tiny-a": "valid", "tiny-broken": "failed"}
+    assert table.status.to_dict() == {"tiny-b": "valid", "tiny-broken": "failed"}
     assert "activations: no finished store" in table.reasons["tiny-broken"]
     assert jobs(call("--dry-run", study="failing")[1])["train"] == 1, "a table of what is there is not the end"
 
 
-def interrupt(start, study, begun, how):
-    """Start a study, interrupt it once ``begun()`` is true; what it had started must end by itself."""
-    process = start(study=study)
+def interrupt(process, begun, how):
+    """Interrupt snakemake once ``begun()`` is true; what it had started must end by itself."""
     while not begun():
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.02)
@@ -98,6 +105,11 @@ def interrupt(start, study, begun, how):
     process.communicate(timeout=60)
     assert process.returncode != 0 and len(left) >= 3, "the shell, papermill and its kernel"
     assert psutil.wait_procs(left, timeout=20)[1] == []
+
+
+def threads_of(notebook):
+    """How many threads an executed notebook was given."""
+    return nbformat.read(notebook, as_version=4).metadata.papermill.parameters.threads
 
 
 def killed(process):
@@ -112,40 +124,41 @@ def control_c(process):
     os.killpg(process.pid, signal.SIGINT)
 
 
-def test_an_interrupted_snakemake_leaves_nothing_and_the_plain_command_goes_on(checkout):
+def test_an_interrupted_snakemake_leaves_nothing_and_the_plain_command_goes_on(checkout, whole):
     """In every stage: no kernel, no papermill and no lock outlive it; the result is an undisturbed run's."""
     folder, call = checkout
-    shared = "smoke, checkpoint_every: 50, tokens: 9000, store_shard_tokens: 512"
-    for study in ("killed", "whole"):
-        (folder / f"params/studies/{study}.yaml").write_text(
-            STUDY.replace("[a, b]", "[long]").replace("smoke", shared).replace("tokens: 8000, ", ""))
-    (folder / "params/variants/long.yaml").write_text(
-        VARIANT.format(k=8).replace("d_sae: 128", "d_sae: 512").replace("samples: 30000", "samples: 300000"))
-    run = folder / "runs/killed/tiny-long-s1"
+    (folder / "params/studies/killed.yaml").write_text(STUDY.replace("[a, b]", "[a]"))
+    run, undisturbed = (home / f"runs/{study}/tiny-a-s1" for home, study in (
+        (folder / "killed", "killed"), (folder, "small")))
+    # Equal bits want equal threads, of which a run that is alone in its study would have more.
+    threads = [f"{rule}={threads_of(undisturbed / f'notebooks/{notebook}.ipynb')}" for rule, notebook in (
+        ("train", "02_train_variant"), ("eval", "03_eval"), ("letters", "04_letter_absorption"))]
+
+    def start():
+        return call.start("--set-threads", *threads, study="killed", home=folder / "killed")
 
     def written(stage):
         log = run / f"notebooks/{stage}.log"
         return lambda: log.exists() and log.stat().st_size > 0
-    interrupt(call.start, "killed", lambda: any(folder.glob("activations/*.partial/*.json")), terminated)
-    interrupt(call.start, "killed", lambda: any(run.glob("checkpoints/[0-9]*")), killed)
+    interrupt(start(), lambda: any((folder / "killed").glob("activations/*.partial/*.json")), terminated)
+    interrupt(start(), lambda: any(run.glob("checkpoints/[0-9]*")), killed)
     assert not (run / "training.json").exists()
     for stage, how in (("03_eval", control_c), ("04_letter_absorption", killed)):
-        interrupt(call.start, "killed", written(stage), how)
+        interrupt(start(), written(stage), how)
     assert not (run / "evals/letters_done.json").exists()
 
-    for study in ("killed", "whole"):
-        code, text = call(study=study)
-        assert code == 0, text[-3000:]
-        assert "Nothing to be done" in call("--dry-run", study=study)[1]
-    whole = folder / "runs/whole/tiny-long-s1"
+    text, _ = (process := start()).communicate()
+    assert process.returncode == 0, text[-3000:]
+    assert "Nothing to be done" in call("--dry-run", study="killed", home=folder / "killed")[1]
     assert runs.read_json(run / "training.json")["resumed_at"] != []
+    assert runs.read_json(undisturbed / "training.json")["resumed_at"] == []
     assert runs.read_json(run / "validity.json")["status"] == "valid"
-    assert runs.sha256(run / "sae/sae_weights.safetensors") == runs.sha256(whole / "sae/sae_weights.safetensors")
+    assert runs.sha256(run / "sae/sae_weights.safetensors") == runs.sha256(undisturbed / "sae/sae_weights.safetensors")
     for name in ("core", "absorption"):
         assert runs.read_json(run / f"evals/{name}.json")["metrics"] == \
-            runs.read_json(whole / f"evals/{name}.json")["metrics"]
+            runs.read_json(undisturbed / f"evals/{name}.json")["metrics"]
     assert not (run / "checkpoints").exists() and (run / "hashes.json").exists()
-    assert not list(folder.glob("activations/*.partial")) and not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob("*.partial")) and not list(folder.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("text, says", [
