@@ -61,15 +61,6 @@ class LanguageModel(NamedTuple):
     """Tokens that carry no text: BOS, EOS, padding and the like; an unknown word is text."""
     whole: bool
 
-    @property
-    def tokens_per_pass(self) -> int:
-        """Tokens to read at once: on a CPU few enough that a layer's intermediate values stay in its cache.
-
-        SmolLM2's first nine blocks on two cores (16 MiB of cache each), tokens/s in bfloat16 and float32: 1,024 tokens
-        4,750 and 2,630; 4,096 tokens 4,310 and 2,350.
-        """
-        return 32_768 if self.device.type == "cuda" else 1024
-
     @torch.no_grad()
     def residual(self, tokens: torch.Tensor) -> torch.Tensor:
         """Residual stream (B, T, D) at the hook for token ids (B, T), in the model's dtype."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sae_lib import runs
+from sae_lib.data import capture
 from sae_lib.data import words as vocabulary
 from sae_lib.evaluation import kept_tensors
 from sae_lib.evaluation.saebench.adapter import in_place, quiet, seeded
@@ -133,7 +134,7 @@ class WordModel:
         if fresh:
             # Nothing after the word can change the activation there.
             tokens, model = self.to_tokens(fresh)[:, :POSITION + 1], self.load()
-            parts = tokens.split(max(1, model.tokens_per_pass // tokens.shape[1]))
+            parts = tokens.split(capture.blocks_per_batch(model, tokens.shape[1]))
             x = torch.cat([model.residual(part)[:, -1].float().cpu() for part in parts])
             self.known |= {key_of(prompt): row for prompt, row in zip(fresh, x)}
             if self.bar is not None:
