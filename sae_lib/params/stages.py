@@ -38,7 +38,7 @@ class Extract(Common):
 
     model: str = "smollm2"
     """Alias (smollm2, tiny), hub id, or folder."""
-    layer: int = Field(11, ge=0)
+    layer: int = Field(8, ge=0)
     """Residual stream after this block: blocks.{layer}.hook_resid_post."""
     hook_name: str | None = None
     """Another site, as blocks.{n}.hook_resid_pre; None takes the residual stream after `layer`."""
@@ -245,7 +245,7 @@ class Letters(Common):
     """default, smoke (a quick look), or paper (every word, and no cap)."""
     absorption_seeds: list[int] = Field([42], min_length=1)
     """Seeds of the evaluation itself: prompts, split of the words, probes."""
-    absorption_words_per_letter: int = Field(250, ge=20)
+    absorption_words_per_letter: int = Field(150, ge=20)
     """Words of a letter at most, training and test."""
     nulls: list[Null] = ["random", "untrained"]
     """Null baselines that absorption is measured of too, once for all SAEs of a shape; empty measures none."""
