@@ -3,6 +3,10 @@
 import os
 import shutil
 
+# Before numpy is imported: the library's own threads are set where it works, but OpenBLAS would take all cores in each
+# worker for matrices of a few rows, and its idle threads keep the other worker from its core.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numba import njit
 from synthetic import Planted
 from test_trainer import train
 
@@ -173,25 +174,21 @@ def test_bits_keep_eleven_of_them_and_round_without_bias():
     assert not _read(codes).any()
 
 
+@njit
 def _write(codes, values, time):
-    from numba import njit
+    for k in range(codes.size):
+        bits.store(codes, k, values[k], time)
 
-    @njit
-    def write(codes, values, time):
-        for k in range(codes.size):
-            bits.store(codes, k, values[k], time)
-    write(codes, values, time)
+
+@njit
+def _read_into(codes, out):
+    for k in range(codes.size):
+        out[k] = bits.load(codes, k)
 
 
 def _read(codes):
-    from numba import njit
-
-    @njit
-    def read(codes, out):
-        for k in range(codes.size):
-            out[k] = bits.load(codes, k)
     out = np.zeros(codes.size, np.float32)
-    read(codes, out)
+    _read_into(codes, out)
     return out
 
 
