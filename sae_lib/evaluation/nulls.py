@@ -16,7 +16,7 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.data import activations
-from sae_lib.evaluation import null_saes
+from sae_lib.evaluation import embedded_nulls, null_saes
 from sae_lib.evaluation.sharing import alone
 from sae_lib.params import digest
 from sae_lib.sae.autoencoder import SparseAutoencoder
@@ -90,7 +90,7 @@ def beside(names: Iterable[str], run: runs.Run, asked: params.Train, sae: Sparse
             about = {"what": null_saes.described(name, made, sae), "architecture": made.architecture.name,
                      "d_sae": made.d_sae, "weights": weights_digest(made)}
             made = made.to(sae.W_dec.device)
-            found[name] = {one: _entry(name, one, reports[one], made, about, evaluate) for one in wanted}
+            found[name] = {one: _entry(name, one, reports[one], made, about, asked, evaluate) for one in wanted}
         except Exception as error:  # a store that is gone, say
             found[name] = {one: _failed(error) for one in wanted}
     return found
@@ -106,8 +106,8 @@ def weights_digest(sae: SparseAutoencoder) -> str:
 
 
 def _entry(name: str, evaluation: str, report: dict[str, Any], null: SparseAutoencoder, about: dict[str, Any],
-           evaluate: Measure) -> dict[str, Any]:
-    """What one null scores in one evaluation, from the cache where it is there; or why there is no figure."""
+           asked: params.Train, evaluate: Measure) -> dict[str, Any]:
+    """What one null scores in one evaluation, from the workbook or the cache where it is there; or why there is none."""
     if (name, evaluation) in NOT_APPLICABLE:
         return {"status": "not applicable", "reason": NOT_APPLICABLE[name, evaluation]}
     comparable = report.get("config", {}).get("comparable")
@@ -115,6 +115,10 @@ def _entry(name: str, evaluation: str, report: dict[str, Any], null: SparseAutoe
         return {"status": "not applicable", "reason": "the run itself has no figure here"}
     if (name, evaluation) == ("residual", "sparse_probing"):
         return _kept(_on_residual(report), about, 0.0)
+    key = embedded_nulls.key(asked, name, null, evaluation, HELDOUT if evaluation == HELDOUT else comparable)
+    if shipped := embedded_nulls.find(key):
+        return {**shipped, "config": {**about, "comparable": comparable}, "seconds": 0.0, "key": key,
+                "origin": embedded_nulls.SHIPPED}
     versions = [runs.provenance()["packages"].get("sae-bench"), runs.library_digest("evaluation", "sae", "metrics")]
     file = runs.cache() / f"evaluation/nulls-{digest([about['weights'], evaluation, comparable, versions], 24)}.json"
     try:
@@ -122,7 +126,7 @@ def _entry(name: str, evaluation: str, report: dict[str, Any], null: SparseAutoe
             held = _read(file)
             if held is None:
                 began = time.perf_counter()
-                held = _kept(evaluate(evaluation, null), about, began)
+                held = _kept(evaluate(evaluation, null), about, began) | {"key": key}
                 runs.write_json(file, held)
                 print(f"{null_saes.LABELS[name]}: {evaluation} measured, {held['seconds']:.0f} s", flush=True)
     except Exception as error:

@@ -1,0 +1,41 @@
+"""Figures of null baselines that come with the workbook: the embedded default's rest on model, text and shape alone.
+
+Measuring them takes as long as evaluating an SAE or two.
+
+``python benchmarks/embedded_nulls.py STUDY`` measures them anew, or with ``--check`` compares some with what is here.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from sae_lib import params, runs
+from sae_lib.params import digest
+from sae_lib.sae.autoencoder import SparseAutoencoder
+
+FILE = Path(__file__).with_name("embedded_nulls.json")
+"""Each entry by its key: metrics, note, interval."""
+SHIPPED = "measured beforehand; it comes with the workbook"
+
+
+def key(asked: params.Train, name: str, made: SparseAutoencoder, evaluation: str, comparable: str) -> str:
+    """Names all that the figure of the null ``name``, ``made`` beside a run of parameters ``asked``, depends on.
+
+    ``comparable`` tells evaluations apart that do not compare. The store's precision is left out: it moves a null's
+    figures less than their intervals are wide.
+    """
+    text = {name: getattr(asked, name) for name in params.EXTRACT_INPUTS if name != "dtype"}
+    shape = [made.architecture.name, made.architecture.config(), made.d_sae]
+    return digest([text, asked.hook, name, shape, evaluation, comparable], 24)
+
+
+def find(entry: str) -> dict[str, Any] | None:
+    """The figures of that key; None where none came with the workbook."""
+    return _all().get(entry)
+
+
+@functools.cache
+def _all() -> dict[str, dict[str, Any]]:
+    return runs.read_json(FILE) if FILE.exists() else {}
