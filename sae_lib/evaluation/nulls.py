@@ -107,7 +107,7 @@ def weights_digest(sae: SparseAutoencoder) -> str:
 
 def _entry(name: str, evaluation: str, report: dict[str, Any], null: SparseAutoencoder, about: dict[str, Any],
            asked: params.Train, evaluate: Measure) -> dict[str, Any]:
-    """What one null scores in one evaluation, from the workbook or the cache where it is there; or why there is none."""
+    """What one null scores in one evaluation, from the workbook, the cache or measured; or why there is no figure."""
     if (name, evaluation) in NOT_APPLICABLE:
         return {"status": "not applicable", "reason": NOT_APPLICABLE[name, evaluation]}
     comparable = report.get("config", {}).get("comparable")
