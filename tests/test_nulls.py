@@ -1,6 +1,7 @@
 """Null baselines: what they are, that they are measured once, and where their figures go and do not go."""
 
 import json
+import math
 import shutil
 
 import pandas as pd
@@ -10,11 +11,12 @@ from synthetic import Planted
 
 from sae_lib import params, runs
 from sae_lib.data import activations
-from sae_lib.evaluation import compare, evaluate, null_saes, null_table, nulls, results, validity
+from sae_lib.evaluation import compare, embedded_nulls, evaluate, null_saes, null_table, nulls, results, validity
 from sae_lib.metrics import METRICS, explained_variance
 from sae_lib.sae import architectures
 from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.training import measure, trainer
+from sae_lib.training.ingredients import load_sae
 from sae_lib.views import beside_nulls, figures, figures_absorption, figures_compare, further
 
 SMALL = {"d_sae": 192, "k": 8, "samples": 40_000, "batch_size": 256, "lr": 2e-3, "warmup_steps": 10,
@@ -136,6 +138,49 @@ def test_a_second_sae_evaluates_no_null_and_a_damaged_file_is_computed_again(eva
     assert {null: entries["core"]["metrics"] for null, entries in again.items()} == {
         null: entries["core"]["metrics"] for null, entries in second["nulls"].items()}
     assert len(calls) == 2 + 1 + 2
+
+
+def test_what_comes_with_the_workbook_is_not_measured_and_another_text_shape_or_preset_is(evaluated, monkeypatch):
+    ours = evaluated["nulls"]["random"]["core"]
+    monkeypatch.setattr(embedded_nulls, "_all", lambda: {ours["key"]: {"metrics": {"ce_loss_score": 0.25},
+                                                                       "note": None}})
+    monkeypatch.setattr(evaluate, "EVALS", evaluate.EVALS | {"core": counted(calls := [], evaluate.EVALS["core"])})
+    monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(runs.cache() / "shipped"))
+    found = measured("topk-s2", evals=["core"], nulls=["random", "pca"])["nulls"]
+    assert found["random"]["core"]["metrics"] == {"ce_loss_score": 0.25} and calls == ["topk", "linear"]
+    assert found["random"]["core"]["origin"] == embedded_nulls.SHIPPED and "origin" not in found["pca"]["core"]
+    assert found["random"]["core"]["config"] == ours["config"]
+
+    asked = evaluate.trained(runs.Run("nulls/topk-s1"))
+    sae, held = load_sae(runs.folder_of("nulls/topk-s1") / "sae"), null_saes.ground(activations.source(asked))
+    comparable = ours["config"]["comparable"]
+
+    def key(name="random", l0=8, said=comparable, **changes):
+        return embedded_nulls.key(asked.model_copy(update=changes), name, null_saes.make(name, sae, l0, held), "core",
+                                  said)
+    assert key() == ours["key"] == key(dtype="bfloat16", seed=7, samples=5)
+    others = [key("untrained"), key("pca"), key("pca", l0=9), key(said="another preset"), key(tokens=6001),
+              key(corpus_seed=3), key(layer=0)]
+    assert len({*others, ours["key"]}) == len(others) + 1
+    assert key(activations="elsewhere") == "" and embedded_nulls.find("") is None
+
+
+def test_the_workbook_s_own_nulls_are_figures_of_the_quickstart_and_of_ci():
+    held = runs.read_json(embedded_nulls.FILE)
+    assert len(held) >= 30
+    for entry in held.values():
+        assert entry["metrics"] and all(value is None or math.isfinite(value) for value in entry["metrics"].values())
+    absorptions = [entry["metrics"]["mean_full_absorption_score"] for entry in held.values()
+                   if "mean_full_absorption_score" in entry["metrics"]]
+    recovered = [entry["metrics"]["ce_loss_score"] for entry in held.values() if "ce_loss_score" in entry["metrics"]]
+    assert min(absorptions) > 0 and max(recovered) == pytest.approx(1, abs=1e-3), "the raw residual stream's"
+
+
+def counted(calls, function):
+    def call(p, asked, sae, model):
+        calls.append(sae.architecture.name)
+        return function(p, asked, sae, model)
+    return call
 
 
 def test_a_null_that_fails_is_a_sentence_and_no_figure(evaluated, monkeypatch):

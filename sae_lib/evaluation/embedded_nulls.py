@@ -24,8 +24,10 @@ def key(asked: params.Train, name: str, made: SparseAutoencoder, evaluation: str
     """Names all that the figure of the null ``name``, ``made`` beside a run of parameters ``asked``, depends on.
 
     ``comparable`` tells evaluations apart that do not compare. The store's precision is left out: it moves a null's
-    figures less than their intervals are wide.
+    figures less than their intervals are wide. Empty for a store from elsewhere, whose text is not known.
     """
+    if asked.activations != "auto":
+        return ""
     text = {name: getattr(asked, name) for name in params.EXTRACT_INPUTS if name != "dtype"}
     shape = [made.architecture.name, made.architecture.config(), made.d_sae]
     return digest([text, asked.hook, name, shape, evaluation, comparable], 24)
