@@ -5,6 +5,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import nbformat
 
@@ -80,12 +81,16 @@ PAPERMILL = ("NUMBA_NUM_THREADS={threads} papermill {input.notebook:q} {log.note
              "| {{ grep --line-buffered -E ' left|tokens/s|samples/s' || true; }}")
 
 
+PICTURES = [sys.executable, "-m", "sae_lib", "pictures"]
+
+
 def compare_what_is_there():
     """05 over all runs of the study, outside the plan of jobs; the next call makes its table again."""
     folder = HOME / "runs" / STUDY / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["papermill", notebook("compare"), str(folder / "05_compare.ipynb"), "-y", COMPARED,
                     "--no-progress-bar"], check=False)
+    subprocess.run([*PICTURES, STUDY], check=False)
 
 
 COMPARED = given("compare", {"mode": "batch", "study": STUDY, "run": STUDY, "runs": list(MEMBERS),
@@ -97,7 +102,7 @@ EVALUATED = [f"{HOME}/runs/{name}/evals/{file}" for name in MEMBERS for file in 
 
 rule all:
     # The evaluations too: a comparison made after a failure is a table of what was there, not the end of the study.
-    input: f"{HOME}/runs/{STUDY}/compare/table.csv", EVALUATED
+    input: f"{HOME}/runs/{STUDY}/compare/table.csv", EVALUATED, f"{HOME}/runs/{STUDY}/compare/pictures.txt"
 
 
 rule extract:
@@ -158,3 +163,11 @@ rule compare:
         code=code("compare")
     threads: 1
     shell: PAPERMILL
+
+
+rule pictures:
+    # Of all notebooks, after the verdicts, by one browser. What is without pictures is what is to be drawn.
+    input: f"{HOME}/runs/{STUDY}/compare/table.csv", EVALUATED
+    output: f"{HOME}/runs/{STUDY}/compare/pictures.txt"
+    threads: workflow.cores
+    shell: "{PICTURES:q} {STUDY:q} 2>&1 | tee {output:q}"

@@ -1,4 +1,4 @@
-"""Commands on studies: ``python -m sae_lib plan STUDY`` (its cost), ``check``, ``figures``, and ``verify RUN``."""
+"""Commands on studies: ``python -m sae_lib plan STUDY`` (its cost), ``check``, ``figures``, ``pictures``, ``verify``"""
 
 from __future__ import annotations
 
@@ -58,14 +58,22 @@ def figures(study: str) -> int:
     return 0
 
 
+def pictures(name: str) -> int:
+    """Draw the figures of a study (or a run) that lack pictures, by one browser, into its executed notebooks too."""
+    from sae_lib.views import executed
+
+    return executed.draw(name)
+
+
 def main() -> int:
     """Parse the command line and run one command; a known fault is one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m sae_lib", description=__doc__)
-    parser.add_argument("command", choices=["check", "figures", "plan", "verify"])
-    parser.add_argument("study", help="a file of params/studies, without .yaml; for verify, a run or all of a study")
+    parser.add_argument("command", choices=["check", "figures", "pictures", "plan", "verify"])
+    parser.add_argument("study", help="a file of params/studies, without .yaml; for pictures and verify also a run")
     given = parser.parse_args()
     try:
-        commands = {"check": check, "figures": figures, "plan": plan.plan, "verify": verify.verify}
+        commands = {"check": check, "figures": figures, "pictures": pictures, "plan": plan.plan,
+                    "verify": verify.verify}
         return commands[given.command](given.study)
     except (params.ParameterError, runs.RunError) as error:
         print(error, file=sys.stderr)

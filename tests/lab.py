@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 
 from sae_lib import runs
-from sae_lib.views import show
+from sae_lib.views import pictures
 
 CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 IDLE = """() => { const w = window.jupyterapp && window.jupyterapp.shell.currentWidget;
@@ -30,7 +30,7 @@ STATE = """el => ({title: el._fullLayout.title.text,
  [k, {type: a.type, title: a.title.text, range: a.range}]))})"""
 
 
-CHROME = show.browser() if importlib.util.find_spec("playwright") else None
+CHROME = pictures.browser() if importlib.util.find_spec("playwright") else None
 """The browser, or None: then these tests cannot run, and say so."""
 
 

@@ -61,6 +61,19 @@ def test_planning_imports_neither_torch_nor_transformers():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_comparison_says_its_verdicts_before_torch_is_imported():
+    """In the order of 05's page: up to what stands apart, and the study's dashboard, no cell needs it."""
+    held = nbformat.read(runs.project() / "notebooks/05_compare.ipynb", as_version=4).cells
+    cells = [cell.source for cell in held if cell.cell_type == "code"]
+    explore = next(place for place, cell in enumerate(cells) if "dashboards.compare(comparison)" in cell)
+    lines = [line for cell in cells[:explore + 1] for line in cell.splitlines() if line.startswith("from sae_lib")]
+    assert len(lines) >= 4 and not any("show.figure" in cell for cell in cells[:explore])
+    code = "\n".join([*lines, "import sys",
+                      "sys.exit(' '.join({'torch', 'numba', 'scipy.stats', 'rfc3987_syntax'} & {*sys.modules}) or 0)"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("stage, name", NOTEBOOKS.items())
 def test_notebooks_declare_every_parameter_typed_and_documented(stage, name):
     notebook = nbformat.read(runs.project() / f"notebooks/{name}.ipynb", as_version=4)

@@ -8,8 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from sae_lib.training import terms
-from sae_lib.views import figures, figures_frontier, figures_pairs, further, show, template
+from sae_lib.views import figures, figures_frontier, figures_pairs, further, pictures, show, template
 
 
 def history(rows=5):
@@ -30,17 +29,13 @@ def test_axes_carry_titles_and_a_run_without_steps_is_a_figure_too(draw):
     assert isinstance(draw(pd.DataFrame(), "r", "c"), go.Figure)
 
 
-def test_the_lines_of_the_figure_are_the_gate_s():
-    assert (figures.INERT, figures.DOMINATING) == (terms.INERT, terms.DOMINATING)
-
-
 def test_html_stands_alone_and_png_is_written_where_a_browser_is(tmp_path, monkeypatch):
     monkeypatch.delenv("BROWSER_PATH")
     show.figures({"a": go.Figure(go.Scatter(y=[1, 2])), "b": go.Figure()}, folder=tmp_path, mode="batch")
     for name in "ab":
         page = (tmp_path / f"{name}.html").read_text()
         assert not re.search(r"<(script|link|img)[^>]*(src|href)=.?https?:", page) and len(page) > 1_000_000
-        if show.browser():
+        if pictures.browser():
             assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
             assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

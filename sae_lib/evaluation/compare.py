@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -15,42 +16,76 @@ LETTER_COLUMNS = ["letter", "kept", "full_absorption", "absorption_fraction", "s
 DRAWN = {"step", "samples", "loss/reconstruction", "explained_variance"}
 
 
-class Comparison(NamedTuple):
-    """What the page shows."""
+class Comparison:
+    """What the page shows. What its tables say is known from the start, what its figures show when one asks for it."""
 
-    study: str
-    folder: Path
-    """Where files go: runs/<study>/compare."""
-    table: pd.DataFrame
-    """One row per run, whatever its state."""
-    differences: pd.DataFrame
-    """Each variant beside the baseline, by metric."""
-    apart: pd.DataFrame
-    """Runs that do not compare with the baseline, and why."""
-    histories: dict[str, pd.DataFrame]
-    """Training history by run."""
-    letters: pd.DataFrame
-    """Full absorption and fraction by run, seed and letter, of the runs that are results."""
-    phases: dict[str, list[dict[str, Any]]]
-    """Decoder cosines and co-activation at the end of each third of training, by run."""
-    baseline: str | None
-    """The variant that others are compared with; None for the first run's."""
-    frontier: str
-    """What the frontier runs along; where that is a parameter, the table's column ``along`` holds it."""
-    parameters: dict[str, str]
-    """By run, the parameters that differ from its baseline's, a line each."""
-    sparsity: dict[str, distributions.Sparsity]
-    """Active latents per token and densities, by run."""
-    projections: dict[str, dict[str, Any]]
-    """Quality of a Johnson-Lindenstrauss projection, by run that has one."""
-    compression: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
-    """By run that has any: evals/compression.json, evals/compression_absorption.json, and bounds by ingredient."""
-    ranking: pd.DataFrame = pd.DataFrame(columns=ranking.COLUMNS)
-    """Variants in order, by metric, and which of them seeds do not tell apart."""
-    nulls: pd.DataFrame = pd.DataFrame()
-    """A row per distinct null baseline of the runs (``null_table.collect``); in no rank, mean or series."""
-    over_training: dict[str, tuple[dict[str, Any], ...]] = {}
-    """By run that has any: evals/over_training.json and evals/absorption_over_training.json."""
+    def __init__(self, p: params.Compare, names: list[str], table: pd.DataFrame, nulls: pd.DataFrame):
+        self.study, self.names = p.study, names
+        self.folder: Path = runs.folder_of(f"{p.study}/compare")
+        """Where files go: runs/<study>/compare."""
+        self.table = table
+        """One row per run, whatever its state."""
+        self.nulls = nulls
+        """A row per distinct null baseline of the runs (``null_table.collect``); in no rank, mean or series."""
+        self.baseline: str | None = p.baseline
+        """The variant that others are compared with; None for the first run's."""
+        self.frontier: str = p.frontier
+        """What the frontier runs along; where that is a parameter, the table's column ``along`` holds it."""
+
+    @functools.cached_property
+    def differences(self) -> pd.DataFrame:
+        """Each variant beside the baseline, by metric."""
+        return results.differences(self.table, self.baseline)
+
+    @functools.cached_property
+    def ranking(self) -> pd.DataFrame:
+        """Variants in order, by metric, and which of them seeds do not tell apart."""
+        return ranking.ranking(self.table, self.baseline)
+
+    @property
+    def apart(self) -> pd.DataFrame:
+        """Runs that do not compare with the baseline, and why."""
+        return self.table.loc[self.table["apart"] != "", ["run", "status", "apart", "reasons"]]
+
+    @functools.cached_property
+    def histories(self) -> dict[str, pd.DataFrame]:
+        """Training history by run."""
+        return {name: history for name in self.names if (history := _history(name)) is not None}
+
+    @functools.cached_property
+    def letters(self) -> pd.DataFrame:
+        """Full absorption and fraction by run, seed and letter, of the runs that are results."""
+        return _letters(self.table)
+
+    @functools.cached_property
+    def phases(self) -> dict[str, list[dict[str, Any]]]:
+        """Decoder cosines and co-activation at the end of each third of training, by run."""
+        return {name: found for name in self.names if (found := _phases(name))}
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, str]:
+        """By run, the parameters that differ from its baseline's, a line each."""
+        return parameters_apart(self.table, self.baseline)
+
+    @functools.cached_property
+    def sparsity(self) -> dict[str, distributions.Sparsity]:
+        """Active latents per token and densities, by run."""
+        return _each(distributions.sparsity, self.table)
+
+    @functools.cached_property
+    def projections(self) -> dict[str, dict[str, Any]]:
+        """Quality of a Johnson-Lindenstrauss projection, by run that has one."""
+        return _each(distributions.projection, self.table)
+
+    @functools.cached_property
+    def compression(self) -> dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+        """By run that has any: evals/compression.json, evals/compression_absorption.json, and bounds by ingredient."""
+        return {name: found for name in self.names if any(found := _compression(name))}
+
+    @functools.cached_property
+    def over_training(self) -> dict[str, tuple[dict[str, Any], ...]]:
+        """By run that has any: evals/over_training.json and evals/absorption_over_training.json."""
+        return {name: found for name in self.names if (found := _over_training(name))}
 
 
 def compare(p: params.Compare) -> Comparison:
@@ -58,32 +93,23 @@ def compare(p: params.Compare) -> Comparison:
 
     Raises RunError when there is nothing to compare; what is wrong with one run is a row of the table.
     """
-    folder = runs.folder_of(f"{p.study}/compare")
     names = p.runs or _of_study(p.study)
     if not names:
-        raise runs.RunError(f"study '{p.study}': no runs in {folder.parent}; run `snakemake --config study={p.study}`")
+        raise runs.RunError(f"study '{p.study}': no runs in {runs.folder_of(f'{p.study}/compare').parent}; "
+                            f"run `snakemake --config study={p.study}`")
     table = results.compared(results.collect(names), p.baseline)
     if p.frontier != "l0":
         table = table.assign(along=[_parameter(name, p.frontier) for name in table.run])
         if table.along.isna().all():
             raise params.ParameterError(f"frontier: no run has a number for '{p.frontier}'"
                                         f"{params.nearest(p.frontier, params.VOCABULARY)}")
-    differences = results.differences(table, p.baseline)
-    ranked = ranking.ranking(table, p.baseline)
-    _export(folder, "ranking", ranked)
-    _export(folder, "differences", differences)
-    nulls = null_table.collect(names)
+    found = Comparison(p, names, table, null_table.collect(names))
+    _export(found.folder, "ranking", found.ranking)
+    _export(found.folder, "differences", found.differences)
     # A file of their own: in the table's a reader's mean over a column would take them up.
-    _export(folder, "nulls", nulls)
-    _export(folder, "table", results.masked(table))
-    histories = {name: history for name in names if (history := _history(name)) is not None}
-    apart = table.loc[table["apart"] != "", ["run", "status", "apart", "reasons"]]
-    phases = {name: found for name in names if (found := _phases(name))}
-    return Comparison(p.study, folder, table, differences, apart, histories, _letters(table), phases, p.baseline,
-                      p.frontier, parameters_apart(table, p.baseline), _each(distributions.sparsity, table),
-                      _each(distributions.projection, table),
-                      {name: found for name in names if any(found := _compression(name))}, ranked, nulls,
-                      {name: found for name in names if (found := _over_training(name))})
+    _export(found.folder, "nulls", found.nulls)
+    _export(found.folder, "table", results.masked(table))
+    return found
 
 
 def parameters_apart(table: pd.DataFrame, baseline: str | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -47,8 +47,8 @@ class Fit(NamedTuple):
         difference = 0.0 if abs(difference) <= self.rounding else difference
         spread = self.covariance[a, a] + self.covariance[b, b] - 2 * self.covariance[a, b]
         error = float(np.sqrt(max(0.0, spread) * self.variance))
-        reach = stats.t.ppf((1 + level) / 2, self.freedom) * error if self.freedom else np.nan
-        p = 2 * stats.t.sf(abs(difference) / error, self.freedom) if error else float(difference == 0)
+        reach = special.stdtrit(self.freedom, (1 + level) / 2) * error if self.freedom else np.nan
+        p = 2 * special.stdtr(self.freedom, -abs(difference) / error) if error else float(difference == 0)
         return {"difference": difference, "low": difference - reach, "high": difference + reach,
                 "p": float(p) if self.freedom else np.nan}
 

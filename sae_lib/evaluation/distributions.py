@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lib import params, runs
-from sae_lib.evaluation import latents
 
 RAREST = -5.0
 """log10 of the density under which latents are counted together; those that never fire have a bar of their own."""
@@ -28,6 +27,8 @@ class Sparsity(NamedTuple):
 
 def sparsity(name: str) -> Sparsity | None:
     """Of a run's kept latents; None where it keeps none that can be read."""
+    from sae_lib.evaluation import latents  # and torch, which a table is without
+
     run = runs.Run(name)
     if not (run.path / "latents/about.json").exists():
         return None

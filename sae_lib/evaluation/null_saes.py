@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_lib import params, runs
 from sae_lib.data import activations
 from sae_lib.data.store import generator
+from sae_lib.evaluation.null_names import LABELS
 from sae_lib.evaluation.sharing import alone
 from sae_lib.params import digest
 from sae_lib.sae.architectures import Architecture
@@ -23,9 +24,6 @@ from sae_lib.sae.autoencoder import SparseAutoencoder
 from sae_lib.sae.codes import Codes, Dense
 from sae_lib.training.measure import geometric_median
 
-LABELS = {"random": "random SAE", "untrained": "untrained SAE", "pca": "principal components",
-          "residual": "raw residual stream"}
-"""Each null by its name in the parameters, in the order of tables."""
 SEED = 0
 SAMPLE, ROWS, BATCH = 4096, 131_072, 8192
 """Rows that biases are set by; rows that principal components are of, at most, and how many are read at once."""

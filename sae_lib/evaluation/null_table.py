@@ -8,7 +8,7 @@ import pandas as pd
 
 from sae_lib import params, runs
 from sae_lib.evaluation import results, validity
-from sae_lib.evaluation.null_saes import LABELS
+from sae_lib.evaluation.null_names import LABELS
 
 COLUMNS = ("null", "run", "label", "model", "hook", "architecture", "d_sae", "weights", "beside", "without")
 """``run`` names the null as a table's row does; ``beside``: the runs that it stands beside, comma between; ``without``:

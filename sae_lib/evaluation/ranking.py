@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from sae_lib.evaluation import contrasts, results
 from sae_lib.metrics import METRICS
@@ -48,7 +48,7 @@ def _group(metric: str, own: str, held: pd.DataFrame, level: float):
     means, rows = dict(zip(fitted.variants, fitted.effect)), []
     for variant, runs_of in held.groupby("variant", sort=False):
         seeds, spread = len(runs_of), runs_of[metric].std()
-        reach = stats.t.ppf((1 + level) / 2, seeds - 1) * spread / np.sqrt(seeds) if seeds >= FEWEST else np.nan
+        reach = special.stdtrit(seeds - 1, (1 + level) / 2) * spread / np.sqrt(seeds) if seeds >= FEWEST else np.nan
         low, high = (np.clip(means[variant] + side * reach, METRICS[metric].lowest, METRICS[metric].highest)
                      for side in (-1, 1))
         rows.append({"metric": metric, "baseline": own, "variant": variant, "seeds": seeds, "mean": means[variant],

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from scipy import stats
+from scipy import special
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -118,7 +118,7 @@ def jackknife(values: dict[tuple[int, int], float], seeds: int) -> tuple[float, 
     without = np.array([np.mean([value for pair, value in values.items() if seed not in pair])
                         for seed in range(seeds)])
     error = np.sqrt((seeds - 1) / seeds * np.square(without - without.mean()).sum())
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * error)
+    reach = float(special.stdtrit(seeds - 1, (1 + LEVEL) / 2) * error)
     return mean, (max(0.0, mean - reach), min(1.0, mean + reach))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sae_lib import runs
 from sae_lib.evaluation import faults
 from sae_lib.metrics import METRICS
-from sae_lib.training.terms import INERT
+from sae_lib.training.limits import INERT
 
 FURTHER = ("sparse_probing", "sae_probes", "scr", "tpp", "unlearning", "truth")
 """The evaluations beside core and absorption."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from math import inf
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sae_lib import __version__
 from sae_lib.metrics.metric import Metric, listed
+
+if TYPE_CHECKING:  # a table of metrics has no use for torch
+    from torch import Tensor
 
 VERSION = f"sae-workbook {__version__}"
 HELD_OUT, TRAINER = "this workbook, held-out rows", "the trainer"
@@ -86,6 +88,8 @@ def mean_cos2(rows: Tensor, block: int = 2048) -> float:
 
     Uses sum_ij cos_ij^2 = ||U^T U||_F^2 with U the unit rows (D x D instead of F x F where D is smaller).
     """
+    import torch
+
     unit = torch.nn.functional.normalize(rows.double(), dim=1)
     n = len(unit)
     if n < 2:

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from sae_lib.sae.architectures import squared_error
 from sae_lib.sae.context import Context
-
-INERT, DOMINATING = 1e-3, 1.0
-"""A term whose gradient share stays under the first, or over the second, through most of training is flagged."""
+from sae_lib.training.limits import DOMINATING, INERT
 
 
 def loss_terms(ctx: Context, ingredients) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_lib.evaluation.null_saes import LABELS
+from sae_lib.evaluation.null_names import LABELS
 from sae_lib.views.template import GREY_INK
 
 

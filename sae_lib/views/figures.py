@@ -10,10 +10,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib.metrics import METRICS, of_core
+from sae_lib.training.limits import DOMINATING, INERT
 from sae_lib.views import beside_nulls
 from sae_lib.views.template import GREY, between, dress, style
-
-INERT, DOMINATING = 1e-3, 1.0
 
 
 def caption(run: str, report: dict[str, Any]) -> str:

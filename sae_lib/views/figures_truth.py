@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_lib.evaluation import truth as truths
 from sae_lib.metrics import METRICS
 from sae_lib.views.figures import explained
 from sae_lib.views.template import GREY, dress, mark
+
+if TYPE_CHECKING:
+    from sae_lib.evaluation import truth as truths
 
 COMPARED = (("true_absorption_of_parent", "saebench_full_absorption"),
             ("true_absorption", "saebench_full_absorption_with_child"),
@@ -28,6 +30,8 @@ def truth(table: pd.DataFrame, caption: str = "") -> go.Figure:
     ``table`` has architecture, d_sae, status, l0, mcc and the columns of COMPARED. SAEs that are not valid are left out
     and counted in the caption, which gives Spearman's rank correlation of each panel with its interval.
     """
+    from sae_lib.evaluation import truth as truths  # and torch, which few pages need here
+
     valid = table[table.status == "valid"]
     fig = make_subplots(rows=2, cols=2, subplot_titles=TITLES, horizontal_spacing=0.12, vertical_spacing=0.17)
     for number, (architecture, own) in enumerate(valid.groupby("architecture", sort=False)):

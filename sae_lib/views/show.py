@@ -1,38 +1,29 @@
 """Show a figure to whoever reads: a person in JupyterLab, a batch, or the reader of a shared file.
 
-The runner says which (``mode``); nothing guesses. Files are always written: self-contained HTML, and PNG, SVG and PDF
-where a Chrome can be found. A notebook holds pictures of few colours; without a Chrome its figures are HTML that share
-one plotly.js.
+The runner says which (``mode``); nothing guesses. Files are written too: self-contained HTML, and PNG, SVG and PDF
+where a Chrome can be found (``pictures``). A person's are written after the cells (``later``). A batch's pictures are
+drawn at once, or, of notebooks that a batch engine runs, in the end by one browser for all (``executed``). A notebook
+holds pictures of few colours; without a Chrome its figures are HTML that share one plotly.js.
 """
 
 from __future__ import annotations
 
-import asyncio
-import io
+import functools
 import os
-import shutil
-import sys
-import tempfile
-import threading
 from pathlib import Path
 
 import pandas as pd
-import PIL.Image
 import plotly.graph_objects as go
+from IPython import get_ipython
 from IPython.display import HTML, Image, Markdown, display
+from plotly.offline import get_plotlyjs
 
-from sae_lib import runs
+from sae_lib import presence
+from sae_lib.views import executed, later, pictures
 from sae_lib.views.template import as_html
 
-KINDS = ("png", "svg", "pdf")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-
-
-def browser() -> str | None:
-    """The Chrome that draws pictures: $BROWSER_PATH (``none`` for none), or one on the PATH."""
-    if os.environ.get("BROWSER_PATH") == "none":
-        return None
-    return os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
+WIDTH = 960
+"""Of a figure that has none of its own."""
 
 
 def figure(fig: go.Figure, name: str, *, folder: Path, mode: str) -> None:
@@ -41,22 +32,32 @@ def figure(fig: go.Figure, name: str, *, folder: Path, mode: str) -> None:
 
 
 def figures(named: dict[str, go.Figure], *, folder: Path, mode: str) -> None:
-    """The same for several figures with one start of the browser."""
-    pictures = write(named, folder) if named else {}
-    for name, fig in named.items():
-        if mode == "live":
+    """The same for several figures."""
+    files = {name: Path(folder) / f"{name}.html" for name in named}
+    if mode == "live":
+        for fig in named.values():
             display(fig)
-        elif name in pictures:
-            display(Image(data=_few_colours(pictures[name]), width=int(fig.layout.width or 960)))
-        else:
-            display(HTML(_page.html(fig)))
-
-
-def write(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
-    """Files of each figure for who is given them: HTML that needs no network, pictures; the PNGs by name."""
+        return _for_a_person({files[name]: fig for name, fig in named.items()})
+    in_the_end = presence.ENGINE in os.environ and pictures.browser() is not None
+    write(named, folder, draw=not in_the_end)
     for name, fig in named.items():
-        runs.write_text(Path(folder) / f"{name}.html", fig.to_html(include_plotlyjs=True, full_html=True))
-    return _pictures(named, Path(folder))
+        width, picture = int(fig.layout.width or WIDTH), files[name].with_suffix(".png")
+        if picture.exists():
+            display(Image(data=pictures.small(picture), width=width))
+        else:
+            _page.load()
+            display(HTML(fig.to_html(include_plotlyjs=False, full_html=False)),
+                    metadata=executed.of_figure(files[name], width))
+    return None
+
+
+def write(named: dict[str, go.Figure], folder: Path, draw: bool = True) -> None:
+    """Files of each figure for who is given them: HTML that needs no network, and its pictures."""
+    files = [Path(folder) / f"{name}.html" for name in named]
+    for file, fig in zip(files, named.values()):
+        pictures.write_html(fig, file)
+    if draw:
+        pictures.say(pictures.draw(pictures.undrawn(files)))
 
 
 def dashboard(board, name: str, *, folder: Path, mode: str) -> None:
@@ -75,82 +76,37 @@ def dashboard(board, name: str, *, folder: Path, mode: str) -> None:
 
 
 class _Page:
-    """The notebook that is being written: plotly.js goes into its first HTML figure alone."""
+    """The notebook that is being written: plotly.js stands in it once, before its first HTML figure."""
 
     loaded = False
 
-    def html(self, fig: go.Figure) -> str:
-        text = fig.to_html(include_plotlyjs=not self.loaded, full_html=False)
+    def load(self) -> None:
+        if not self.loaded:
+            display(HTML(f"<script>{get_plotlyjs()}</script>"), metadata={executed.TAG: {"script": "plotly.js"}})
         self.loaded = True
-        return text
 
 
 _page = _Page()
 
 
-def _few_colours(file: Path) -> bytes:
-    """A PNG with a palette of 256 colours: a third of the size, hardly to be told apart."""
-    with PIL.Image.open(file) as picture:
-        held = io.BytesIO()
-        picture.convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(held, "png", optimize=True)
-    return held.getvalue()
+def _for_a_person(files: dict[Path, go.Figure]) -> None:
+    """Write files of figures after the cells, where there are any."""
+    shell = get_ipython()
+    if shell is None:
+        for file, fig in files.items():
+            pictures.write_html(fig, file)
+        return pictures.say(pictures.draw(pictures.undrawn(files)))
+    for file, fig in files.items():
+        _later(shell).keep(file, fig)
+    return None
 
 
-def _pictures(named: dict[str, go.Figure], folder: Path) -> dict[str, Path]:
-    """PNG, SVG and PDF of each figure; the PNGs by name; none (and a sentence) without a Chrome that draws.
-
-    Never raises, never hangs.
-
-    A picture of an earlier run that is not drawn anew is removed: it would show other figures than the HTML does.
-    """
-    path, written = browser(), {}
-    if path is None:
-        print("PNG skipped: no Chrome or Chromium (BROWSER_PATH names one, or none); the HTML files hold the figures",
-              file=sys.stderr)
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            files = {(name, kind): Path(scratch) / f"{number}.{kind}" for number, name in enumerate(named)
-                     for kind in KINDS}
-            fault = _draw([{"fig": named[name], "path": file, "opts": {"format": kind, "scale": 2}}
-                           for (name, kind), file in files.items()], path)
-            for (name, kind), file in files.items():
-                if file.exists() and file.stat().st_size:
-                    with runs.whole(folder / f"{name}.{kind}") as temporary:
-                        shutil.copyfile(file, temporary)
-                    written[name, kind] = folder / f"{name}.{kind}"
-        if fault:
-            print(f"PNG skipped: {path} did not draw ({fault})", file=sys.stderr)
-    for name in named:
-        for kind in KINDS:
-            if (name, kind) not in written:
-                (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    return {name: file for (name, kind), file in written.items() if kind == "png"}
-
-
-def _draw(jobs: list[dict], path: str) -> str | None:
-    """Run kaleido once over all pictures; what went wrong, in words.
-
-    Not its server: whose thread dies with a browser that does not start, and then every call waits forever. The
-    event loop is a thread's own, as a notebook's is busy.
-    """
-    import kaleido
-
-    answer: list[str | None] = []
-
-    def work():
-        try:
-            # MathJax would come from the network, and no label needs it.
-            options = {"path": path, "mathjax": False, "timeout": 30}
-            drawing = kaleido.write_fig_from_object(jobs, kopts=options)
-            faults = asyncio.run(asyncio.wait_for(drawing, 60 + 30 * len(jobs)))
-            answer.append("; ".join(f"{type(fault).__name__}: {fault}" for fault in faults) or None)
-        except BaseException as error:  # whatever a browser can do wrong must not cost the run its results
-            answer.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(75 + 30 * len(jobs))
-    return answer[0] if answer else "no answer"
+@functools.cache
+def _later(shell) -> later.Later:
+    """The kernel's one; a page is told once that its files will lack pictures."""
+    if pictures.browser() is None:
+        pictures.say(pictures.WITHOUT)
+    return later.Later(shell.events)
 
 
 def table(frame: pd.DataFrame, grey: pd.DataFrame | None = None) -> None:

@@ -1,6 +1,7 @@
 """Dashboards on a run's folder or a study: each opens with whatever is there, and says in a sentence what is not.
 
-In JupyterLab ``dashboards.run("quickstart/smollm2-topk-s42").widget`` shows all of one run.
+In JupyterLab ``dashboards.run("quickstart/smollm2-topk-s42").widget`` shows all of one run. Those of latents are
+imported when asked for: they need torch, which a study's page shows its verdicts without.
 """
 
 from __future__ import annotations
@@ -9,12 +10,9 @@ import pandas as pd
 from IPython.display import display
 
 from sae_lib import runs
-from sae_lib.views.dashboards.base import Dashboard
-from sae_lib.views.dashboards.coactivation import Coactivation
+from sae_lib.views.dashboards.base import Dashboard, Sentence
 from sae_lib.views.dashboards.compare import Compare, RunTabs, opened
 from sae_lib.views.dashboards.curves import Curves, RunCurves
-from sae_lib.views.dashboards.latents import Inspector
-from sae_lib.views.dashboards.splits import FeatureSplits
 
 
 def run(name: str) -> RunTabs:
@@ -24,16 +22,22 @@ def run(name: str) -> RunTabs:
 
 def latents(name: str, latent: int | None = None) -> Dashboard:
     """The latent inspector of a run."""
+    from sae_lib.views.dashboards.latents import Inspector
+
     return opened(Inspector, runs.Run(name), latent)
 
 
 def coactivation(name: str) -> Dashboard:
     """Which latents of a run fire together."""
+    from sae_lib.views.dashboards.coactivation import Coactivation
+
     return opened(Coactivation, runs.Run(name), beside(name))
 
 
 def splits(name: str, letter: str | None = None) -> Dashboard:
     """How a run's letters split."""
+    from sae_lib.views.dashboards.splits import FeatureSplits
+
     return opened(FeatureSplits, runs.Run(name), beside(name), letter)
 
 
@@ -64,7 +68,7 @@ def curves_by_run(comparison, caption: str = "") -> Dashboard:
 def coactivation_by_run(comparison) -> Dashboard:
     """Pairs of the baseline's first run that is a result, beside the study's others."""
     from sae_lib.evaluation import results
-    from sae_lib.views.dashboards.base import Sentence
+    from sae_lib.views.dashboards.coactivation import Coactivation
 
     table = results.results(comparison.table)
     if table.empty:

@@ -12,10 +12,7 @@ from sae_lib.metrics import METRICS
 from sae_lib.params import ParameterError
 from sae_lib.views import figures_absorption, figures_compare, figures_explore
 from sae_lib.views.dashboards.base import Dashboard, Sentence, dropdown, sentence, switch
-from sae_lib.views.dashboards.coactivation import Coactivation
 from sae_lib.views.dashboards.curves import RunCurves
-from sae_lib.views.dashboards.latents import Inspector
-from sae_lib.views.dashboards.splits import FeatureSplits
 
 LETTERS = {column: METRICS[name].label.lower() for column, name in figures_absorption.MAPS.items()}
 NONE = "no run"
@@ -33,6 +30,11 @@ class RunTabs:
     """The four dashboards of one run, each opened when its tab is."""
 
     def __init__(self, name: str, others: list[str] = (), letter: str | None = None, start: int = 0):
+        # Imported when a run is opened: they need torch, which a study's page shows its verdicts without.
+        from sae_lib.views.dashboards.coactivation import Coactivation
+        from sae_lib.views.dashboards.latents import Inspector
+        from sae_lib.views.dashboards.splits import FeatureSplits
+
         run = runs.Run(name)
         self.makers = {"latents": lambda: Inspector(run), "co-activation": lambda: Coactivation(run, others),
                        "feature splits": lambda: FeatureSplits(run, others, letter),

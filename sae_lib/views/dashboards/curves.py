@@ -7,7 +7,6 @@ import time
 
 import ipywidgets as widgets
 import pandas as pd
-import torch
 
 from sae_lib import runs
 from sae_lib.views import figures, figures_curves
@@ -69,6 +68,8 @@ class RunCurves(Dashboard):
 
         A fault in drawing ends the drawing, never the training.
         """
+        import torch
+
         now = time.perf_counter()
         if not self.panels or len(rows) < 2:  # nobody looks, or there is no line yet
             return
