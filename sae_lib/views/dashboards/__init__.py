@@ -1,7 +1,8 @@
 """Dashboards on a run's folder or a study: each opens with whatever is there, and says in a sentence what is not.
 
 In JupyterLab ``dashboards.run("quickstart/smollm2-topk-s42").widget`` shows all of one run. Those of latents are
-imported when asked for: they need torch, which a study's page shows its verdicts without.
+imported when asked for, as they need torch, which a page shows its verdicts without; their modules therefore have names
+of their own (importing one would put it in the place of a function here that is called the same).
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ def run(name: str) -> RunTabs:
 
 def latents(name: str, latent: int | None = None) -> Dashboard:
     """The latent inspector of a run."""
-    from sae_lib.views.dashboards.latents import Inspector
+    from sae_lib.views.dashboards.inspector import Inspector
 
     return opened(Inspector, runs.Run(name), latent)
 
 
 def coactivation(name: str) -> Dashboard:
     """Which latents of a run fire together."""
-    from sae_lib.views.dashboards.coactivation import Coactivation
+    from sae_lib.views.dashboards.coactivation_matrix import Coactivation
 
     return opened(Coactivation, runs.Run(name), beside(name))
 
 
 def splits(name: str, letter: str | None = None) -> Dashboard:
     """How a run's letters split."""
-    from sae_lib.views.dashboards.splits import FeatureSplits
+    from sae_lib.views.dashboards.feature_splits import FeatureSplits
 
     return opened(FeatureSplits, runs.Run(name), beside(name), letter)
 
@@ -68,7 +69,7 @@ def curves_by_run(comparison, caption: str = "") -> Dashboard:
 def coactivation_by_run(comparison) -> Dashboard:
     """Pairs of the baseline's first run that is a result, beside the study's others."""
     from sae_lib.evaluation import results
-    from sae_lib.views.dashboards.coactivation import Coactivation
+    from sae_lib.views.dashboards.coactivation_matrix import Coactivation
 
     table = results.results(comparison.table)
     if table.empty:

@@ -10,7 +10,7 @@ from sae_lib import runs
 from sae_lib.evaluation import latents, pairs, splits
 from sae_lib.views import figures_splits as figures
 from sae_lib.views.dashboards.base import dropdown, number, verdict
-from sae_lib.views.dashboards.latents import WithInspector
+from sae_lib.views.dashboards.inspector import WithInspector
 from sae_lib.views.figures import caption
 
 NONE = "no other run"

@@ -14,7 +14,7 @@ from sae_lib.params import ParameterError
 from sae_lib.views import figures_coactivation as figures
 from sae_lib.views import figures_latents
 from sae_lib.views.dashboards.base import dropdown, number, verdict
-from sae_lib.views.dashboards.latents import WithInspector
+from sae_lib.views.dashboards.inspector import WithInspector
 from sae_lib.views.figures import caption
 
 LARGE = 10_000_000
