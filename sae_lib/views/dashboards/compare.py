@@ -32,8 +32,8 @@ class RunTabs:
     def __init__(self, name: str, others: list[str] = (), letter: str | None = None, start: int = 0):
         # Imported when a run is opened: they need torch, which a study's page shows its verdicts without.
         from sae_lib.views.dashboards.coactivation_matrix import Coactivation
-        from sae_lib.views.dashboards.inspector import Inspector
         from sae_lib.views.dashboards.feature_splits import FeatureSplits
+        from sae_lib.views.dashboards.inspector import Inspector
 
         run = runs.Run(name)
         self.makers = {"latents": lambda: Inspector(run), "co-activation": lambda: Coactivation(run, others),
