@@ -146,7 +146,8 @@ def test_what_comes_with_the_workbook_is_not_measured_and_another_text_shape_or_
                                                                        "note": None}})
     monkeypatch.setattr(evaluate, "EVALS", evaluate.EVALS | {"core": counted(calls := [], evaluate.EVALS["core"])})
     monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(runs.cache() / "shipped"))
-    found = measured("topk-s2", evals=["core"], nulls=["random", "pca"])["nulls"]
+    shutil.copytree(runs.folder_of("nulls/topk-s2"), runs.folder_of("nulls/shipped"))
+    found = measured("shipped", evals=["core"], nulls=["random", "pca"])["nulls"]
     assert found["random"]["core"]["metrics"] == {"ce_loss_score": 0.25} and calls == ["topk", "linear"]
     assert found["random"]["core"]["origin"] == embedded_nulls.SHIPPED and "origin" not in found["pca"]["core"]
     assert found["random"]["core"]["config"] == ours["config"]
