@@ -59,9 +59,12 @@ def main() -> int:
     members = studies.expand(asked.study)
     before = runs.read_json(embedded_nulls.FILE) if embedded_nulls.FILE.exists() else {}
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(embedded_nulls, "find", lambda _: None):
-        cache = runs.cache()
-        for part in ("wheels", "models"):  # what is downloaded need not be once more
-            (Path(folder) / part).symlink_to(cache / part)
+        # What the model alone gives need not be computed once more.
+        for part in ("wheels", "models", *(["evaluation/*.safetensors"] if asked.check else [])):
+            for held in runs.cache().glob(part):
+                place = Path(folder) / held.relative_to(runs.cache())
+                place.parent.mkdir(exist_ok=True)
+                place.symlink_to(held)
         os.environ["SAE_WORKBOOK_CACHE"] = folder
         found = {}
         for member in members[:1] if asked.check else members:
