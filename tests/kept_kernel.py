@@ -1,7 +1,7 @@
 """papermill on one kernel that is kept: its start and its imports take longer than most notebooks of the tiny model do.
 
-Before each notebook the kernel's names are cleared, and its folder and environment become those of the test. What a
-kernel of its own means (its start, its end, its lock) is what test_snakefile tries.
+Before each notebook the kernel's names and its history of cells are cleared, and its folder and environment become
+those of the test. What a kernel of its own means (its start, its end, its lock) is what test_snakefile tries.
 """
 
 import atexit
@@ -19,6 +19,7 @@ from sae_lib import runs
 NAME = "kept"
 BEGIN = """
 get_ipython().run_line_magic("reset", "-f")
+get_ipython().history_manager.reset(new_session=False)
 def begin():
     import os
 

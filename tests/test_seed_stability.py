@@ -74,8 +74,8 @@ def home(tmp_path, monkeypatch):
     """Three seeds of a variant whose decoders are one, permuted; two of another whose are random; one of a third."""
     monkeypatch.setenv("SAE_WORKBOOK_HOME", str(tmp_path))
     one = rows(64, 32)
-    for name in ("topk-s1", "topk-s2", "topk-s3", "other-s1", "other-s2", "third-s1"):
-        own = one[torch.randperm(64)] if name.startswith("topk") else rows(64, 32, seed=hash(name) % 1000)
+    for place, name in enumerate(("topk-s1", "topk-s2", "topk-s3", "other-s1", "other-s2", "third-s1")):
+        own = one[torch.randperm(64)] if name.startswith("topk") else rows(64, 32, seed=100 + place)
         run = runs.folder_of(f"s/m-{name}")
         made = architectures.get("topk")(k=4)
         SparseAutoencoder(own.clone(), torch.zeros(64), own, torch.zeros(32), made).save(run / "sae")

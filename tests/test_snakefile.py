@@ -76,11 +76,12 @@ def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout, whole):
     assert "Nothing to be done" in call("--dry-run")[1]
 
     (folder / "params/variants/b.yaml").write_text(VARIANT.format(k=12))
-    assert jobs(call("--dry-run")[1]) == {"train": 1, "eval": 1, "letters": 1, "compare": 1, "all": 1,
-                                              "total": 5}
+    assert jobs(call("--dry-run")[1]) == {"train": 1, "eval": 1, "letters": 1, "compare": 1,
+                                              "pictures": 1, "all": 1, "total": 6}
     (folder / "params/variants/b.yaml").write_text(VARIANTS["b"])
     (folder / "params/studies/small.yaml").write_text(STUDY.replace("smoke", "default"))
-    assert jobs(call("--dry-run")[1]) == {"eval": 2, "compare": 1, "all": 1, "total": 4}
+    assert jobs(call("--dry-run")[1]) == {"eval": 2, "compare": 1, "pictures": 1, "all": 1,
+                                              "total": 5}
 
 
 def test_after_a_failed_job_what_is_there_is_compared(checkout):

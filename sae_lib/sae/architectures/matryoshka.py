@@ -13,6 +13,7 @@ from sae_lib.sae import architectures
 from sae_lib.sae.architectures.batch_topk import BatchTopK
 from sae_lib.sae.codes import CSR
 from sae_lib.sae.context import Context
+from sae_lib.sae.kernels.prefixes import prefixes
 
 
 @architectures.register
@@ -31,19 +32,17 @@ class MatryoshkaBatchTopK(BatchTopK):
         return made
 
     def decode(self, ctx: Context, kernel) -> Tensor:
-        """The whole reconstruction; in training the prefixes' stand in ``ctx.own``, (B, prefixes - 1, D)."""
+        """The whole reconstruction; in training the sum of the prefixes' errors stands in ``ctx.own``."""
         if not ctx.training:
             return super().decode(ctx, kernel)
         codes = ctx.codes.csr()
         parts = kernel.decode(split(codes, self.ends), ctx.rows)
-        sums = parts.view(len(ctx.x), len(self.ends), -1).cumsum(1)
-        ctx.own["prefixes"] = sums[:, :-1]
-        return sums[:, -1]
+        whole, ctx.own["prefixes"] = prefixes(parts.view(len(ctx.x), len(self.ends), -1), ctx.x, ctx.sae.b_dec)
+        return whole
 
     def losses(self, ctx: Context) -> dict[str, Tensor]:
         """Squared errors of the prefixes short of the whole, summed; and AuxK."""
-        errors = [architectures.squared_error(ctx.x, part + ctx.sae.b_dec) for part in ctx.own["prefixes"].unbind(1)]
-        return super().losses(ctx) | ({"prefixes": sum(errors)} if errors else {})
+        return super().losses(ctx) | ({"prefixes": ctx.own["prefixes"]} if len(self.ends) > 1 else {})
 
 
 def split(codes: CSR, ends: list[int]) -> CSR:
