@@ -19,7 +19,7 @@ from sae_lib import runs
 NAME = "kept"
 BEGIN = """
 get_ipython().run_line_magic("reset", "-f")
-get_ipython().history_manager.reset(new_session=False)
+get_ipython().history_manager.input_hist_parsed[:] = [""]
 def begin():
     import os
 
