@@ -81,7 +81,7 @@ PAPERMILL = ("NUMBA_NUM_THREADS={threads} papermill {input.notebook:q} {log.note
              "| {{ grep --line-buffered -E ' left|tokens/s|samples/s' || true; }}")
 
 
-PICTURES = [sys.executable, "-m", "sae_lib", "pictures"]
+COMMAND = [sys.executable, "-m", "sae_lib"]
 
 
 def compare_what_is_there():
@@ -90,7 +90,12 @@ def compare_what_is_there():
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["papermill", notebook("compare"), str(folder / "05_compare.ipynb"), "-y", COMPARED,
                     "--no-progress-bar"], check=False)
-    subprocess.run([*PICTURES, STUDY], check=False)
+    subprocess.run([*COMMAND, "pictures", STUDY], check=False)
+
+
+# What 04 needs of the models alone, on all cores and once: a 04 that computed it would keep the others waiting.
+WITH_WORDS = [member for member in MEMBERS.values() if member.params.get("model") != "planted"]
+WORDS = [f"{HOME}/runs/{STUDY}/words.txt"] * bool(WITH_WORDS)
 
 
 COMPARED = given("compare", {"mode": "batch", "study": STUDY, "run": STUDY, "runs": list(MEMBERS),
@@ -123,6 +128,8 @@ rule train:
     params: given=lambda w: given("train", MEMBERS[w.run].params), code=code("train")
     wildcard_constraints: run=r"[^/]+/[^/]+"
     threads: TRAINING
+    # All trainings before evaluations, which share the cores: the last run's would leave cores idle.
+    priority: 1
     shell: PAPERMILL
 
 
@@ -138,10 +145,21 @@ rule eval:
     shell: PAPERMILL
 
 
+rule words:
+    input: sorted({file for member in WITH_WORDS for file in store_of(member)})
+    output: WORDS
+    params: asked=sorted({given("letters", {**member.params, "run": ""}) for member in WITH_WORDS})
+    threads: workflow.cores
+    priority: 1
+    shell:
+        "{COMMAND:q} words {STUDY:q} 2>&1 | tee {output:q} | {{ grep --line-buffered -E ' left|tokens/s' || true; }}"
+
+
 rule letters:
     input:
         notebook=ancient(notebook("letters")),
         training=HOME / "runs/{run}/training.json",
+        words=[ancient(file) for file in WORDS],
         # After 03, which writes the same verdict; another evaluation of 03 is no reason to repeat this one.
         eval=ancient(HOME / "runs/{run}/evals/done.json")
     output: HOME / "runs/{run}/evals/letters_done.json"
@@ -170,4 +188,4 @@ rule pictures:
     input: f"{HOME}/runs/{STUDY}/compare/table.csv", EVALUATED
     output: f"{HOME}/runs/{STUDY}/compare/pictures.txt"
     threads: workflow.cores
-    shell: "{PICTURES:q} {STUDY:q} 2>&1 | tee {output:q}"
+    shell: "{COMMAND:q} pictures {STUDY:q} 2>&1 | tee {output:q}"

@@ -1,4 +1,4 @@
-"""Commands on studies: ``python -m sae_lib plan STUDY`` (its cost), ``check``, ``figures``, ``pictures``, ``verify``"""
+"""Commands on studies: ``python -m sae_lib plan STUDY`` says its cost; see --help for the others."""
 
 from __future__ import annotations
 
@@ -65,15 +65,22 @@ def pictures(name: str) -> int:
     return executed.draw(name)
 
 
+def words(study: str) -> int:
+    """Compute and keep what 04 needs of the study's models alone: words' activations and the letters' probes."""
+    from sae_lib.evaluation.saebench import word_material
+
+    return word_material.of_study(study)
+
+
 def main() -> int:
     """Parse the command line and run one command; a known fault is one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m sae_lib", description=__doc__)
-    parser.add_argument("command", choices=["check", "figures", "pictures", "plan", "verify"])
+    parser.add_argument("command", choices=["check", "figures", "pictures", "plan", "verify", "words"])
     parser.add_argument("study", help="a file of params/studies, without .yaml; for pictures and verify also a run")
     given = parser.parse_args()
     try:
         commands = {"check": check, "figures": figures, "pictures": pictures, "plan": plan.plan,
-                    "verify": verify.verify}
+                    "verify": verify.verify, "words": words}
         return commands[given.command](given.study)
     except (params.ParameterError, runs.RunError) as error:
         print(error, file=sys.stderr)

@@ -32,8 +32,10 @@ AFTER_TRAINING = 4e-10
 """Seconds a latent, channel and held-out token: what the SAE does on held-out text, figures' data included."""
 SAE = 0.5
 """Share of the product's rate in evaluations of an SAE, whose latents SAEBench reads densely."""
-WORDS, PROMPT = 4900, 85
-"""Words that 04 asks for at 250 a letter (a vocabulary has few of some), and tokens before and with each word."""
+LETTERS, ALL_WORDS, PROMPT = 25, 20_000, 83
+"""Letters that have enough words, the words of a vocabulary, and tokens before and with each word."""
+WORDS = 4900
+"""Words of the durations that follow."""
 READ_AGAIN = 1.2
 """Times that 04 reads a word: test words twice."""
 PROBES = 20.0
@@ -55,7 +57,7 @@ class Job(NamedTuple):
     """One notebook of a study."""
 
     stage: str
-    """extract, train, eval, letters or compare."""
+    """extract, words, train, eval, letters or compare."""
     name: str
     """The store, the run, or the study."""
     fixed: float
@@ -92,6 +94,7 @@ def jobs_of(study: str, members, speed: Speed, left: set[tuple[str, str]] | None
             stores.setdefault(params.activations_name(asked), asked)
     found = [counting.store(name, asked) for name, asked in stores.items()]
     kinds = {"train": counting.train, "eval": counting.evaluate, "letters": counting.letters}
+    found += counting.words(study, members)
     found += [kind(member) for stage, kind in kinds.items() for member in members]
     done = counting.done("compare", study, f"runs/{study}/compare/table.csv")
     fixed = NOTEBOOK + COMPARE + COMPARE_RUN * len(members)
@@ -174,27 +177,51 @@ class _Counting:
         if asked.model == "planted":
             return Job("letters", member.name, *NOTHING, done=True) if done else Job(
                 "letters", member.name, NOTEBOOK, 0.0, 0.0, 0.0)
-        share = 4 if p.absorption_preset == "paper" else min(1.0, p.absorption_words_per_letter / 250)
-        words = min(WORDS * share, shape_of(asked.model).vocabulary)
-        pace = self.speed.product(shape_of(asked.model), "float32", _device(asked)) / 1e11
+        words = _words(p, asked)
+        pace = self.pace(asked)
         one = SPARSE_PROBES * words / WORDS * asked.d_sae / LATENTS / pace
-        prepared = self.model(asked, words * READ_AGAIN * PROMPT) + PROBES * words / WORDS / pace
-        shared = nulls = 0.0
+        nulls = 0.0
         for seed in p.absorption_seeds:
             key = (asked.model, asked.hook, asked.dtype, words, seed)
-            shared += self.once(done, ("words", *key), prepared)
             named = sum(name in ("random", "untrained") for name in p.nulls)
             nulls += self.once(done, ("nulls", *key, *_form(asked)), one * named)
         points = len(p.absorption_ratios) + len(asked.snapshots) * p.absorption_over_training
         if done:
             return Job("letters", member.name, *NOTHING, done=True)
         return Job("letters", member.name, NOTEBOOK + LOAD + PICTURES, one * len(p.absorption_seeds) * (1 + points),
-                   shared, nulls)
+                   0.0, nulls)
+
+    def words(self, study: str, members) -> list[Job]:
+        """The job of all words; none in a study of planted worlds."""
+        asked = [tuple(params.check(stage, member.params, member.origin) for stage in ("letters", "train"))
+                 for member in members]
+        asked = [(p, training) for p, training in asked if training.model != "planted"]
+        if not asked:
+            return []
+        if self.done("words", study, f"runs/{study}/words.txt"):
+            return [Job("words", study, *NOTHING, done=True)]
+        own = 0.0
+        for p, training in asked:
+            words = _words(p, training)
+            one = self.model(training, words * READ_AGAIN * PROMPT) + PROBES * words / WORDS / self.pace(training)
+            own += sum(self.once(False, ("words", training.model, training.hook, training.dtype, words, seed), one)
+                       for seed in p.absorption_seeds)
+        return [Job("words", study, LOAD, own, 0.0, 0.0)]
+
+    def pace(self, p: params.Train) -> float:
+        """Of this machine beside the one that the durations here were measured on."""
+        return self.speed.product(shape_of(p.model), "float32", _device(p)) / 1e11
 
     def _sae(self, p: params.Train, rows: float) -> float:
         """Seconds of encoding and decoding ``rows`` rows densely."""
         shape = shape_of(p.model)
         return 4 * rows * p.d_sae * shape.d_model / (self.speed.product(shape, "float32", _device(p)) * SAE)
+
+
+def _words(p: params.Letters, asked: params.Train) -> float:
+    """How many words 04 asks for, about."""
+    wanted = ALL_WORDS if p.absorption_preset == "paper" else LETTERS * p.absorption_words_per_letter
+    return min(wanted, ALL_WORDS, shape_of(asked.model).vocabulary)
 
 
 def _others(p: params.Evaluate) -> str:

@@ -16,7 +16,8 @@ from sae_lib import params, runs, studies
 from sae_lib.costs import Job, jobs_of
 from sae_lib.speed import Speed
 
-WORDS = {"extract": "extract", "train": "train", "eval": "evaluate", "letters": "letters", "compare": "compare"}
+NAMES = {"extract": "extract", "words": "words", "train": "train", "eval": "evaluate", "letters": "letters",
+         "compare": "compare"}
 """Each stage in the line, in their order."""
 PATIENCE = 5.0
 """Seconds that the line as snakemake begins may time steps for; kinds beyond are guessed by their size."""
@@ -51,14 +52,14 @@ def _parts(jobs: list[Job]) -> list[str]:
     lines, names = [], dict.fromkeys(job.name for job in jobs)
     for name in names:
         own = {job.stage: job for job in jobs if job.name == name}
-        times = [f"{WORDS[stage]} {'done' if job.done else _minutes(job.alone)}{job.note}"
+        times = [f"{NAMES[stage]} {'done' if job.done else _minutes(job.alone)}{job.note}"
                  for stage, job in own.items()]
         if "extract" in own:
             what = f"store {name}: {own['extract'].amount:,} tokens, {own['extract'].gigabytes:.2f} GB"
         elif "train" in own:
             what = f"run {name}: {own['train'].amount:,} samples, {own['train'].gigabytes:.2f} GB"
         else:
-            what = "comparison"
+            what = f"study {name}"
         lines.append(f"{what}; minutes: {', '.join(times)}")
     return lines
 
@@ -66,7 +67,7 @@ def _parts(jobs: list[Job]) -> list[str]:
 def in_words(study: str, jobs: list[Job], cores: int) -> str:
     """The line: the study's minutes, and those of each stage; one that is finished is done."""
     minutes = {stage: seconds / 60 for stage, seconds in by_stage(jobs, cores).items()}
-    parts = [f"{WORDS[stage]} {_minutes(60 * value) if value else 'done'}" for stage, value in minutes.items()]
+    parts = [f"{NAMES[stage]} {_minutes(60 * value) if value else 'done'}" for stage, value in minutes.items()]
     without = sorted({job.note for job in jobs if job.note.startswith(" (without") and not job.done})
     total = sum(minutes.values())
     return f"{study}: {_about(total)}: {', '.join(parts)}{without[0] if without else ''}"
@@ -88,14 +89,15 @@ def _about(minutes: float) -> str:
 def threads_of(members: int, cores: int) -> dict[str, int]:
     """Threads of a job of each stage, as the Snakefile gives them out."""
     share = max(1, cores // max(1, members))
-    return {"extract": cores, "train": min(cores, max(share, 4)), "eval": share, "letters": share, "compare": 1}
+    return {"extract": cores, "words": cores, "train": min(cores, max(share, 4)), "eval": share, "letters": share,
+            "compare": 1}
 
 
 def by_stage(jobs: list[Job], cores: int) -> dict[str, float]:
     """Seconds of each stage as snakemake runs it: as many jobs at once as their threads leave room for."""
     threads = threads_of(sum(job.stage == "train" for job in jobs), cores)
     return {stage: _wall([job for job in jobs if job.stage == stage and not job.done], cores, threads[stage])
-            for stage in WORDS}
+            for stage in NAMES}
 
 
 def _wall(jobs: list[Job], cores: int, threads: int) -> float:

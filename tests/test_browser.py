@@ -158,7 +158,7 @@ def test_feature_splits(lab, study):
     after = lab.state(f"Letter {letter.upper()}")
     assert after["data"][0]["y"] != state["data"][0]["y"]
     assert {after["axes"][name]["type"] for name in ("yaxis2", "xaxis3", "yaxis3")} == {"category"}
-    assert f"Words in {letter.upper()} on which latent" in lab.page.locator(".jp-OutputArea").last.inner_text()
+    lab.page.get_by_text(f"Words in {letter.upper()} on which latent").wait_for()  # drawn after the figure above it
     lab.choose("in run", "no other run")
     lab.page.get_by_text("choose another run of this model").wait_for()
     other = next(text for text in lab.control("in run").locator("option").all_inner_texts() if "/" in text)

@@ -37,12 +37,14 @@ def of(found, stage):
 def test_every_stage_is_counted_and_what_runs_share_is_paid_once(nothing_there):
     found = jobs("progressive_seeds")
     members = studies.expand("progressive_seeds")
-    assert len(of(found, "extract")) == len(of(found, "compare")) == 1 and not any(job.done for job in found)
+    assert [len(of(found, stage)) for stage in ("extract", "words", "compare")] == [1, 1, 1]
+    assert not any(job.done for job in found)
     for stage in ("train", "eval", "letters"):
         assert [job.name for job in of(found, stage)] == [member.name for member in members]
         assert all(job.own > 0 for job in of(found, stage))
+    assert sum(job.shared > 0 for job in of(found, "eval")) == 1, "the model's part, once"
+    assert of(found, "words")[0].own > 0
     for stage in ("eval", "letters"):
-        assert sum(job.shared > 0 for job in of(found, stage)) == 1, "the model's part, once"
         # Both variants are TopK of one width and k: they have the same nulls.
         assert sum(job.nulls > 0 for job in of(found, stage)) == 1
     first = of(found, "train")[0]
@@ -55,11 +57,11 @@ def test_what_a_finished_job_has_paid_costs_the_next_one_nothing(nothing_there):
     left = {("letters", member.name) for member in members[1:]} | {("compare", "quickstart")}
     rest = jobs("quickstart", left)
     assert {(job.stage, job.name) for job in rest if not job.done} == left
-    assert of(rest, "letters")[1].shared == 0 < of(whole, "letters")[0].shared
+    assert of(rest, "words")[0].done and of(rest, "letters")[1].nulls == 0 < of(whole, "letters")[0].nulls
     minutes = plan.by_stage(rest, 2)
-    assert minutes["extract"] == minutes["train"] == minutes["eval"] == 0 < minutes["letters"] < \
+    assert minutes["extract"] == minutes["words"] == minutes["train"] == minutes["eval"] == 0 < minutes["letters"] < \
         plan.by_stage(whole, 2)["letters"]
-    assert re.search(r": extract done, train done, evaluate done, letters [0-9.]+, compare [0-9.]+$",
+    assert re.search(r": extract done, words done, train done, evaluate done, letters [0-9.]+, compare [0-9.]+$",
                      plan.in_words("quickstart", rest, 2))
 
 
@@ -123,7 +125,7 @@ def test_the_command_says_what_each_part_takes_and_a_total(nothing_there, capsys
     *parts, total = capsys.readouterr().out.strip().splitlines()
     assert parts[0].startswith("store smollm2-") and "42,048 tokens" in parts[0]
     assert len(parts) == 2 + len(studies.expand("ci")) and all("minutes: " in part for part in parts)
-    assert all(f"{word} " in total for word in plan.WORDS.values())
+    assert all(f"{word} " in total for word in plan.NAMES.values())
 
 
 def test_planted_worlds_and_what_is_not_counted_are_planned_too(nothing_there):

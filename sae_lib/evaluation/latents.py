@@ -82,12 +82,23 @@ def _measure(run: runs.Run, source=None) -> Latents:
     sae = load_sae(run.path / "sae")
     rows, codes = _codes(sae, source or activations.source(p))
     held = _columns(codes)
-    text, notes = _texts(rows, p)
+    model, fault = _model(p)
+    text, notes = _texts(rows, p, model)
     tokens = pd.DataFrame({"text": text, "document": rows.document.numpy(), "block": rows.block.numpy(),
                            "position": rows.position.numpy()})
     table = summary(held, tokens.text).assign(**nearest(sae.W_dec))
-    table, note = _with_effects(table, sae, p)
-    return Latents(held, tokens, table, [*notes, *note])
+    if fault:
+        notes.append(f"no effects on logits: {fault}")
+    return Latents(held, tokens, _with_effects(table, sae, model), notes)
+
+
+def _model(p: params.Train):
+    """The whole language model, or None and what is wrong."""
+    try:
+        return language_model.load(p.model, hook=p.hook, dtype="bfloat16" if p.dtype == "auto" else p.dtype,
+                                   device=p.device, whole=True), None
+    except params.ParameterError as error:
+        return None, error
 
 
 def _codes(sae, source):
@@ -109,13 +120,13 @@ def _columns(codes: CSR) -> sparse.csc_matrix:
     return matrix.tocsc()
 
 
-def _texts(rows, p: params.Train) -> tuple[list[str], list[str]]:
-    """The text of each token, and a note where it is not known."""
+def _texts(rows, p: params.Train, model) -> tuple[list[str], list[str]]:
+    """The text of each token, and a note where it is not known. A ``model`` has its tokenizer with it."""
     ids = rows.token.tolist()
     if not ids or min(ids) < 0:
         return [""] * len(ids), ["activations computed elsewhere hold no text"]
     try:
-        tokenizer, _ = language_model.load_tokenizer(p.model)
+        tokenizer = model.tokenizer if model else language_model.load_tokenizer(p.model)[0]
     except params.ParameterError as error:
         return [""] * len(ids), [f"no text: {error}"]
     known = words.texts(tokenizer, ids)
@@ -150,20 +161,16 @@ def nearest(rows: torch.Tensor) -> dict[str, np.ndarray]:
     return {"nearest": torch.cat(found).cpu().numpy(), "nearest_cosine": torch.cat(cosines).cpu().numpy()}
 
 
-def _with_effects(table: pd.DataFrame, sae, p: params.Train) -> tuple[pd.DataFrame, list[str]]:
-    """The table with the tokens that each latent raises and lowers, or a note that says why it has none."""
-    try:
-        model = language_model.load(p.model, hook=p.hook, dtype="bfloat16" if p.dtype == "auto" else p.dtype,
-                                    device=p.device, whole=True)
-    except params.ParameterError as error:
+def _with_effects(table: pd.DataFrame, sae, model) -> pd.DataFrame:
+    """The table with the tokens that each latent raises and lowers; none where there is no model."""
+    if model is None:
         empty = pd.Series([[]] * len(table))
-        columns = dict.fromkeys(("raised", "raised_by", "lowered", "lowered_by"), empty)
-        return table.assign(**columns), [f"no effects on logits: {error}"]
+        return table.assign(**dict.fromkeys(("raised", "raised_by", "lowered", "lowered_by"), empty))
     effects = logit_effects(sae.W_dec, model, EFFECTS)
     text = words.texts(model.tokenizer, torch.cat([effects.raised, effects.lowered]).flatten().tolist())
     said = {name: [[text[token] for token in row] for row in getattr(effects, name).tolist()]
-             for name in ("raised", "lowered")}
-    return table.assign(**said, raised_by=effects.raised_by.tolist(), lowered_by=effects.lowered_by.tolist()), []
+            for name in ("raised", "lowered")}
+    return table.assign(**said, raised_by=effects.raised_by.tolist(), lowered_by=effects.lowered_by.tolist())
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ absorption *fraction* (the share of the letter that up to three others carry). A
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 from sae_lib import params, runs
-from sae_lib.data import activations
 from sae_lib.data.language_model import PLANTED
 from sae_lib.evaluation import (
     compression,
@@ -121,36 +118,26 @@ def _clear(folder: Path) -> None:
 
 def _measure(p: params.Letters, run: runs.Run, asked: params.Train) -> Letters:
     """All that 04 measures, before the gate."""
-    from sae_lib.data import language_model
-    from sae_lib.evaluation.saebench import adapter, letter_words
+    from sae_lib.evaluation.saebench import adapter, word_material
     from sae_lib.evaluation.saebench.absorption import absorption, sparse_batch
     from sae_lib.training.ingredients import load_sae
 
     start = time.perf_counter()
-    model = p.model or asked.model
-    site = hook_of(p.layer, asked)
-    language_model.check_layer(model, site)
-    info, device = language_model.describe(model), language_model.pick_device(p.device)
-    sae = load_sae(run.path / "sae").to(device)
-    adapter.check_sae(sae, model, info.d_model)
-    tokenizer, bos_id = language_model.load_tokenizer(model)
-    dtype = _precision(asked)
-    load = functools.cache(lambda: language_model.load(model, hook=site, dtype=dtype, device=p.device))
-    paper = p.absorption_preset == "paper"
-    held_out = not paper or asked.spelling_share > 0
+    sae = load_sae(run.path / "sae")
     found, materials, setup = {}, {}, 0.0
 
     def ask(one, seed):
-        return absorption(one, materials[seed], tokenizer, bos_id, load, model=model, hook=site, seed=seed,
-                          vocabulary=words.vocabulary, preset=p.absorption_preset, device=str(device))
+        return absorption(one, materials[seed], side.tokenizer, side.bos_id, side.load, model=model, hook=site,
+                          seed=seed, vocabulary=words.vocabulary, preset=p.absorption_preset, device=str(device))
 
     with adapter.settings(p.threads):
-        words = letter_words.choose(tokenizer, None if paper else p.absorption_words_per_letter, held_out)
+        side = word_material.ModelSide(p, asked)
+        model, site, info, device, words = side.model, side.hook, side.info, side.device, side.words
+        sae = sae.to(device)
+        adapter.check_sae(sae, model, info.d_model)
         for seed in p.absorption_seeds:
             began = time.perf_counter()
-            materials[seed] = letter_words.prepare(
-                words, tokenizer, bos_id, load, identity=[info.identity, site, dtype, device.type],
-                d_model=info.d_model, seed=seed, mode=p.mode)
+            materials[seed] = side.material(seed)
             setup += time.perf_counter() - began
             found[seed] = ask(sae, seed)
             print(f"seed {seed}: absorption measured, {time.perf_counter() - began:.0f} s", flush=True)
@@ -158,8 +145,8 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train) -> Letters:
         kept = _over_training(p, run, sae, found, materials, ask)
     config = {"preset": p.absorption_preset, "model": model, "model_identity": info.identity, "hook": site,
               "d_in": sae.d_in, "d_sae": sae.d_sae, "seeds": p.absorption_seeds, "words": len(words.tokens),
-              "words_per_letter": None if paper else p.absorption_words_per_letter,
-              "words_outside_training_prompts": held_out, "words_sha256": digest(words.tokens, 16),
+              "words_per_letter": side.words_per_letter,
+              "words_outside_training_prompts": side.held_out, "words_sha256": digest(words.tokens, 16),
               "sparse_probe_batch": sparse_batch(materials[p.absorption_seeds[0]].train, words.vocabulary,
                                                  p.absorption_preset),
               "dtype": materials[p.absorption_seeds[0]].dtype, "device": device.type}
@@ -227,15 +214,6 @@ def _rows(kept: list[tuple[dict[str, Any], Any]], config: dict[str, Any]):
     """Each of ``kept`` with its row, its L0 on words among it; None for one that was not measured."""
     return [(one, part and _row_of(part[0], config) | {"l0_words": part[1]})
             for one, part in kept]
-
-
-def _precision(asked: params.Train) -> str:
-    """The language model's precision: where it was ``auto``, the store's, not one timed anew."""
-    if asked.dtype == "auto":
-        with contextlib.suppress(params.ParameterError, runs.RunError):
-            held = activations.find(asked).manifest["dtype"]
-            return held if held in ("float32", "bfloat16") else "auto"
-    return asked.dtype
 
 
 def _l0(sae, materials) -> float | None:
