@@ -25,18 +25,28 @@ from sae_lib.evaluation import embedded_nulls, evaluate, letters
 
 TOLERANCE = 0.01
 """Relative: models read in another precision or on another processor round otherwise."""
-KEPT = ("metrics", "note", "within_this_sae")
+KEPT = ("metrics", "note", "within_this_sae", "places")
 
 
 def measured(member, names: list[str] | None) -> dict[str, dict]:
     """Every null's figures beside a run, by key; of ``names`` alone where they are given."""
     found = {}
+    asked = params.check("train", member.params, member.origin)
     for stage, run, file in (("eval", evaluate.evaluate, "nulls"), ("letters", letters.evaluate, "absorption_nulls")):
-        given = member.params | ({"nulls": names} if names else {})
-        run(params.check(stage, given, member.origin))
-        for entries in runs.Run(member.name).json(f"evals/{file}.json", {}).values():
-            found |= {entry["key"]: entry for entry in entries.values() if "key" in entry}
+        settings = params.check(stage, member.params | ({"nulls": names} if names else {}), member.origin)
+        run(settings)
+        for name, entries in runs.Run(member.name).json(f"evals/{file}.json", {}).items():
+            for evaluation, entry in entries.items():
+                if "key" in entry:
+                    place = embedded_nulls.place(asked, name, evaluation, settings)
+                    found[entry["key"]] = entry | {"places": [place]}
     return found
+
+
+def joined(ours: dict[str, dict], more: dict[str, dict]) -> dict[str, dict]:
+    """Both sets of entries; one that several runs share, or was here before, has all its places."""
+    places = {key: sorted({*ours.get(key, {}).get("places", []), *entry["places"]}) for key, entry in more.items()}
+    return ours | {key: entry | {"places": places[key]} for key, entry in more.items()}
 
 
 def compare(mine: dict, theirs: dict) -> list[str]:
@@ -68,11 +78,12 @@ def main() -> int:
         os.environ["SAE_WORKBOOK_CACHE"] = folder
         found = {}
         for member in members[:1] if asked.check else members:
-            found |= measured(member, ["random", "untrained"] if asked.check else None)
+            found = joined(found, measured(member, ["random", "untrained"] if asked.check else None))
     if not asked.check:
         kept = {key: {name: entry[name] for name in KEPT if name in entry} for key, entry in found.items()}
-        runs.write_json(embedded_nulls.FILE, dict(sorted((before | kept).items())))
-        print(f"{len(found)} entries measured, {len(before | kept)} in {embedded_nulls.FILE.name}")
+        kept = joined(before, kept)
+        runs.write_json(embedded_nulls.FILE, dict(sorted(kept.items())))
+        print(f"{len(found)} entries measured, {len(kept)} in {embedded_nulls.FILE.name}")
         return 0
     known = {key: compare(entry, before[key]) for key, entry in found.items() if key in before}
     for key, wrong in known.items():

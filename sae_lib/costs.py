@@ -164,7 +164,7 @@ class _Counting:
         key = (asked.model, asked.hook, asked.context, p.eval_preset, asked.corpus if isinstance(asked.corpus, str)
                else str(asked.corpus))
         shared = self.once(done, ("streams", *key), shared)
-        nulls = self.once(done, ("nulls", *key, *_form(asked)), one * len(p.nulls))
+        nulls = self.once(done, ("nulls", *key, *_form(asked)), one * len(_to_measure(p.nulls, asked, "core", p)))
         points = len(p.compression_ratios) + len(asked.snapshots) * p.over_training
         if done:
             return Job("eval", member.name, *NOTHING, done=True)
@@ -183,8 +183,9 @@ class _Counting:
         nulls = 0.0
         for seed in p.absorption_seeds:
             key = (asked.model, asked.hook, asked.dtype, words, seed)
-            named = sum(name in ("random", "untrained") for name in p.nulls)
-            nulls += self.once(done, ("nulls", *key, *_form(asked)), one * named)
+            named = [name for name in p.nulls if name in ("random", "untrained")]
+            named = _to_measure(named, asked, "absorption", p)
+            nulls += self.once(done, ("nulls", *key, *_form(asked)), one * len(named))
         points = len(p.absorption_ratios) + len(asked.snapshots) * p.absorption_over_training
         if done:
             return Job("letters", member.name, *NOTHING, done=True)
@@ -222,6 +223,13 @@ def _words(p: params.Letters, asked: params.Train) -> float:
     """How many words 04 asks for, about."""
     wanted = ALL_WORDS if p.absorption_preset == "paper" else LETTERS * p.absorption_words_per_letter
     return min(wanted, ALL_WORDS, shape_of(asked.model).vocabulary)
+
+
+def _to_measure(names: list[str], asked: params.Train, evaluation: str, p) -> list[str]:
+    """The nulls whose figures did not come with the workbook."""
+    from sae_lib.evaluation import embedded_nulls
+
+    return [name for name in names if not embedded_nulls.covered(asked, name, evaluation, p)]
 
 
 def _others(p: params.Evaluate) -> str:

@@ -16,7 +16,7 @@ from sae_lib.params import digest
 from sae_lib.sae.autoencoder import SparseAutoencoder
 
 FILE = Path(__file__).with_name("embedded_nulls.json")
-"""Each entry by its key: metrics, note, interval."""
+"""Each entry by its key: metrics, note, interval, and the places where it is used."""
 SHIPPED = "measured beforehand; it comes with the workbook"
 
 
@@ -33,6 +33,20 @@ def key(asked: params.Train, name: str, made: SparseAutoencoder, evaluation: str
     return digest([text, asked.hook, name, shape, evaluation, comparable], 24)
 
 
+def place(asked: params.Train, name: str, evaluation: str, settings: params.Evaluate | params.Letters) -> str:
+    """What of a key is known before anything is trained: tells a plan whether the null will have to be measured."""
+    text = {name: getattr(asked, name) for name in params.EXTRACT_INPUTS if name != "dtype"}
+    shape = [asked.activations, asked.hook, asked.architecture, asked.d_sae, asked.k, asked.target_l0]
+    names = ("absorption_preset", "absorption_words_per_letter", "absorption_seeds") if isinstance(
+        settings, params.Letters) else ("eval_preset",)
+    return digest([text, shape, name, evaluation, [getattr(settings, one) for one in names]], 24)
+
+
+def covered(asked: params.Train, name: str, evaluation: str, settings: params.Evaluate | params.Letters) -> bool:
+    """Whether the null's figure in core or absorption came with the workbook."""
+    return place(asked, name, evaluation, settings) in _places()
+
+
 def find(entry: str) -> dict[str, Any] | None:
     """The figures of that key; None where none came with the workbook."""
     return _all().get(entry)
@@ -41,3 +55,8 @@ def find(entry: str) -> dict[str, Any] | None:
 @functools.cache
 def _all() -> dict[str, dict[str, Any]]:
     return runs.read_json(FILE) if FILE.exists() else {}
+
+
+@functools.cache
+def _places() -> set[str]:
+    return {one for entry in _all().values() for one in entry["places"]}
