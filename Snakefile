@@ -1,7 +1,8 @@
 # `snakemake` runs the quickstart; `snakemake --config study=NAME` another of params/studies.
 # Each stage is a notebook under papermill. A stage is passed only the names that it reads, so that changing an
 # evaluation's parameter re-runs the evaluation alone. Data are outputs; executed notebooks are logs, kept after a
-# failure. `--config refresh=true` also re-runs what an older version of the library made.
+# failure. `--config refresh=true` also re-runs what an older version of the library made; `estimate=false` leaves out
+# the line that says how long it will take.
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ onstart:
     HELD.append(presence.hold(HOME / "runs" / STUDY, f"study '{STUDY}'"))
     os.environ[presence.ENGINE] = str(os.getpid())
     os.environ[presence.CORES] = str(workflow.cores)
-    if workflow.is_main_process:
+    if workflow.is_main_process and config.get("estimate", True):
         left = [(job.rule.name, job.wildcards_dict.get("store") or job.wildcards_dict.get("run") or STUDY)
                 for job in workflow.dag.needrun_jobs()]
         print(plan.line(STUDY, left, workflow.cores), flush=True)
@@ -76,21 +77,21 @@ def store_of(member):
 
 # Lines that tell how far the work is go to the terminal too; the whole log is kept beside the notebook.
 # numba's threads are told apart from torch's: a team of all cores would stand in the way of other jobs.
-PAPERMILL = ("NUMBA_NUM_THREADS={threads} papermill {input.notebook:q} {log.notebook:q} -y {params.given:q} -p threads {threads} -p overwrite True "
+PAPERMILL = ("NUMBA_NUM_THREADS={threads} {PYTHON:q} sae_lib.batch {input.notebook:q} {log.notebook:q} -y {params.given:q} -p threads {threads} -p overwrite True "
              "--log-output --no-progress-bar 2>&1 | tee {log.text:q} "
              "| {{ grep --line-buffered -E ' left|tokens/s|samples/s' || true; }}")
 
 
-COMMAND = [sys.executable, "-m", "sae_lib"]
+PYTHON = [sys.executable, "-m"]
 
 
 def compare_what_is_there():
     """05 over all runs of the study, outside the plan of jobs; the next call makes its table again."""
     folder = HOME / "runs" / STUDY / "compare"
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["papermill", notebook("compare"), str(folder / "05_compare.ipynb"), "-y", COMPARED,
+    subprocess.run([*PYTHON, "sae_lib.batch", notebook("compare"), str(folder / "05_compare.ipynb"), "-y", COMPARED,
                     "--no-progress-bar"], check=False)
-    subprocess.run([*COMMAND, "pictures", STUDY], check=False)
+    subprocess.run([*PYTHON, "sae_lib", "pictures", STUDY], check=False)
 
 
 # What 04 needs of the models alone, on all cores and once: a 04 that computed it would keep the others waiting.
@@ -128,8 +129,9 @@ rule train:
     params: given=lambda w: given("train", MEMBERS[w.run].params), code=code("train")
     wildcard_constraints: run=r"[^/]+/[^/]+"
     threads: TRAINING
-    # All trainings before evaluations, which share the cores: the last run's would leave cores idle.
-    priority: 1
+    # All trainings before evaluations, which share the cores: the last run's would leave cores idle. So would a run
+    # whose two evaluations come last, one after the other.
+    priority: 2
     shell: PAPERMILL
 
 
@@ -142,6 +144,7 @@ rule eval:
     params: given=lambda w: given("eval", MEMBERS[w.run].params), code=code("eval")
     wildcard_constraints: run=r"[^/]+/[^/]+"
     threads: SHARE
+    priority: 1
     shell: PAPERMILL
 
 
@@ -150,9 +153,9 @@ rule words:
     output: WORDS
     params: asked=sorted({given("letters", {**member.params, "run": ""}) for member in WITH_WORDS})
     threads: workflow.cores
-    priority: 1
+    priority: 2
     shell:
-        "{COMMAND:q} words {STUDY:q} 2>&1 | tee {output:q} | {{ grep --line-buffered -E ' left|tokens/s' || true; }}"
+        "{PYTHON:q} sae_lib words {STUDY:q} 2>&1 | tee {output:q} | {{ grep --line-buffered -E ' left|tokens/s' || true; }}"
 
 
 rule letters:
@@ -188,4 +191,4 @@ rule pictures:
     input: f"{HOME}/runs/{STUDY}/compare/table.csv", EVALUATED
     output: f"{HOME}/runs/{STUDY}/compare/pictures.txt"
     threads: workflow.cores
-    shell: "{COMMAND:q} pictures {STUDY:q} 2>&1 | tee {output:q}"
+    shell: "{PYTHON:q} sae_lib pictures {STUDY:q} 2>&1 | tee {output:q}"

@@ -69,7 +69,8 @@ def test_a_comparison_says_its_verdicts_before_torch_is_imported():
     lines = [line for cell in cells[:explore + 1] for line in cell.splitlines() if line.startswith("from sae_lib")]
     assert len(lines) >= 4 and not any("show.figure" in cell for cell in cells[:explore])
     code = "\n".join([*lines, "import sys",
-                      "sys.exit(' '.join({'torch', 'numba', 'scipy.stats', 'rfc3987_syntax'} & {*sys.modules}) or 0)"])
+                      "names = ('torch', 'numba', 'scipy.stats', 'rfc3987_syntax')",
+                      "sys.exit(' '.join(name for name in names if sys.modules.get(name)) or 0)"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

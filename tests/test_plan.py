@@ -7,6 +7,7 @@ import pytest
 
 from sae_lib import costs, params, plan, speed, studies
 from sae_lib.data import language_model
+from sae_lib.evaluation import embedded_nulls
 
 
 class Still(speed.Speed):
@@ -26,6 +27,17 @@ def nothing_there(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def no_nulls_there(monkeypatch):
+    """No null came with the workbook."""
+    monkeypatch.setattr(embedded_nulls, "FILE", embedded_nulls.FILE.with_name("none.json"))
+    for held in (embedded_nulls._all, embedded_nulls._places):
+        held.cache_clear()
+    yield
+    for held in (embedded_nulls._all, embedded_nulls._places):
+        held.cache_clear()
+
+
 def jobs(study, left=None, machine=None):
     return costs.jobs_of(study, studies.expand(study), machine or Still(cores=2), left)
 
@@ -34,7 +46,7 @@ def of(found, stage):
     return [job for job in found if job.stage == stage]
 
 
-def test_every_stage_is_counted_and_what_runs_share_is_paid_once(nothing_there):
+def test_every_stage_is_counted_and_what_runs_share_is_paid_once(nothing_there, no_nulls_there):
     found = jobs("progressive_seeds")
     members = studies.expand("progressive_seeds")
     assert [len(of(found, stage)) for stage in ("extract", "words", "compare")] == [1, 1, 1]
@@ -51,7 +63,7 @@ def test_every_stage_is_counted_and_what_runs_share_is_paid_once(nothing_there):
     assert first.own >= 0.1 * (first.amount // 2048)
 
 
-def test_what_a_finished_job_has_paid_costs_the_next_one_nothing(nothing_there):
+def test_what_a_finished_job_has_paid_costs_the_next_one_nothing(nothing_there, no_nulls_there):
     members = studies.expand("quickstart")
     whole = jobs("quickstart")
     left = {("letters", member.name) for member in members[1:]} | {("compare", "quickstart")}
@@ -63,6 +75,11 @@ def test_what_a_finished_job_has_paid_costs_the_next_one_nothing(nothing_there):
         plan.by_stage(whole, 2)["letters"]
     assert re.search(r": extract done, words done, train done, evaluate done, letters [0-9.]+, compare [0-9.]+$",
                      plan.in_words("quickstart", rest, 2))
+
+
+def test_nulls_that_came_with_the_workbook_cost_nothing(nothing_there):
+    assert sum(job.nulls for job in jobs("quickstart")) == sum(job.nulls for job in jobs("ci")) == 0
+    assert sum(job.nulls for job in jobs("architectures")) > 0
 
 
 def test_files_say_what_is_done_where_nobody_else_does(nothing_there, tmp_path):

@@ -36,8 +36,8 @@ def checkout(tmp_path_factory):
         (folder / f"params/variants/{name}.yaml").write_text(text)
     environment = os.environ | {"PYTHONPATH": str(folder)}
 
-    def start(*arguments, study="small", home=folder):
-        words = [sys.executable, "-m", "snakemake", "--config", f"study={study}", *arguments]
+    def start(*arguments, study="small", home=folder, estimate=False):
+        words = [sys.executable, "-m", "snakemake", "--config", f"study={study}", f"estimate={estimate}", *arguments]
         # A shell's background job ignores Ctrl-C, and what it starts inherits that: here it shall be heard.
         return subprocess.Popen(words, cwd=folder, env=environment | {"SAE_WORKBOOK_HOME": str(home)},
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -54,7 +54,7 @@ def checkout(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(checkout):
     """What snakemake said as it ran the small study, undisturbed."""
-    code, text = checkout[1]()
+    code, text = checkout[1](estimate=True)
     assert code == 0, text[-3000:]
     return text
 
@@ -66,8 +66,8 @@ def jobs(text):
 
 def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout, whole):
     folder, call = checkout
-    assert re.search(r"^small: (about|less).*: extract [\d.]+, train [\d.]+, evaluate [\d.]+, letters [\d.]+, compare ",
-                     whole, re.M), whole[:3000]
+    stages = "".join(rf", {name} [\d.]+" for name in ("words", "train", "evaluate", "letters", "compare"))
+    assert re.search(rf"^small: (about|less).*: extract [\d.]+{stages}", whole, re.M), whole[:3000]
     assert (folder / "runs/small/compare/table.csv").exists()
     for name in ("a", "b"):
         run = runs.read_json(folder / f"runs/small/tiny-{name}-s1/validity.json")
