@@ -130,8 +130,9 @@ rule train:
     wildcard_constraints: run=r"[^/]+/[^/]+"
     threads: TRAINING
     # All trainings before evaluations, which share the cores: the last run's would leave cores idle. So would a run
-    # whose two evaluations come last, one after the other.
-    priority: 2
+    # whose two evaluations come last, one after the other. Snakemake adds up what would start at once: the number is
+    # more than all evaluations together have.
+    priority: 1000
     shell: PAPERMILL
 
 
@@ -153,7 +154,7 @@ rule words:
     output: WORDS
     params: asked=sorted({given("letters", {**member.params, "run": ""}) for member in WITH_WORDS})
     threads: workflow.cores
-    priority: 2
+    priority: 1000
     shell:
         "{PYTHON:q} sae_lib words {STUDY:q} 2>&1 | tee {output:q} | {{ grep --line-buffered -E ' left|tokens/s' || true; }}"
 

@@ -31,16 +31,30 @@ def study(tmp_path_factory):
 
 
 def _made(home):
-    from test_notebooks import execute
+    """Two small runs, by the functions that the notebooks call."""
+    from test_notebooks import SMALL
 
-    execute("01_extract", home, home)
-    execute("02_train_variant", home, home, run="trial/topk-s1")
-    execute("02_train_variant", home, home, run="trial/topk-s2", d_sae=512, seed=2)
-    for name in ("topk-s1", "topk-s2"):
-        execute("03_eval", home, home, run=f"trial/{name}")
-        execute("04_letter_absorption", home, home, run=f"trial/{name}", absorption_preset="smoke",
-                absorption_words_per_letter=30)
-    return ["trial/topk-s1", "trial/topk-s2"]
+    from sae_lib.data import activations
+    from sae_lib.evaluation import evaluate, latents, letters
+    from sae_lib.training import trainer
+
+    model = params.load_yaml(runs.project() / "params/models/tiny.yaml")
+
+    def asked(stage, **values):
+        names = params.STAGES[stage].model_fields
+        return params.check(stage, {key: value for key, value in {**model, **SMALL, **values}.items() if key in names},
+                            "test_browser")
+    found = {"trial/topk-s1": {}, "trial/topk-s2": {"d_sae": 512, "seed": 2, "nulls": []}}
+    few = {"absorption_preset": "smoke", "absorption_words_per_letter": 30}
+    activations.extract(asked("extract"))
+    for name, values in found.items():
+        p = asked("train", run=name, **values)
+        run, source = runs.start(p), activations.source(p)
+        trainer.train(p, source, run)
+        latents.record(run, source)
+        evaluate.evaluate(asked("eval", run=name, **values))
+        letters.evaluate(asked("letters", run=name, **few, **values))
+    return list(found)
 
 
 @pytest.fixture(scope="module")
