@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lib.data.language_model import LanguageModel, final_norm
+from sae_lib.sae.kernels import cpu
 
 CELLS = 2**26
 """Logits that are held at once."""
@@ -40,10 +41,21 @@ def logit_effects(rows: Tensor, model: LanguageModel, n: int = 10) -> Effects:
     rows = (rows * gain(norm, unembedding)).to(unembedding.dtype)
     parts = []
     for part in rows.split(max(1, CELLS // len(unembedding))):
-        logits = (part @ unembedding.T).float()
-        up, down = logits.topk(min(n, len(unembedding))), logits.topk(min(n, len(unembedding)), largest=False)
-        parts.append([tensor.cpu() for tensor in (up.indices, up.values, down.indices, down.values)])
+        logits = part @ unembedding.T
+        raised_by, raised = _largest(logits, min(n, len(unembedding)))
+        lowered_by, lowered = _largest(logits.neg_(), min(n, len(unembedding)))
+        parts.append([tensor.cpu() for tensor in (raised, raised_by, lowered, -lowered_by)])
     return Effects(*(torch.cat(column) for column in zip(*parts)))
+
+
+def _largest(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Values (B, n) float32, the largest first, and their indices."""
+    if logits.device.type == "cpu":
+        values, indices = cpu.topk(logits, n)  # of positive ones, in a tenth of the time
+        if bool((values > 0).all()):
+            values, order = values.sort(dim=1, descending=True, stable=True)
+            return values, indices.gather(1, order)
+    return logits.float().topk(n)
 
 
 def gain(norm: nn.Module, like: Tensor) -> Tensor:

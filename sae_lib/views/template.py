@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import re
-import sys
 import textwrap
 
 import pandas as pd
@@ -22,22 +20,6 @@ GREY_INK = "#777777"
 """The same for text, which must be read."""
 
 
-def _import_renderers() -> None:
-    """Import what plotly displays figures by, a second sooner.
-
-    It asks for nbformat's version, and nbformat's checker, if it can, for a grammar of web addresses, which takes a
-    second to compile and which no notebook needs: here it cannot.
-    """
-    grammar = "rfc3987_syntax"
-    if grammar not in sys.modules:
-        sys.modules[grammar] = None
-        try:
-            importlib.import_module("plotly.io._renderers")
-        finally:
-            del sys.modules[grammar]
-
-
-_import_renderers()
 pio.templates["workbook"] = go.layout.Template(layout={
     "colorway": COLOURS, "font": {"family": "DejaVu Sans, Arial, sans-serif", "size": 14, "color": "#111111"},
     "paper_bgcolor": "white", "plot_bgcolor": "white", "title": {"x": 0.01, "xanchor": "left", "font": {"size": 18}},
