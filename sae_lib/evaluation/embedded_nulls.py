@@ -28,18 +28,21 @@ def key(asked: params.Train, name: str, made: SparseAutoencoder, evaluation: str
     """
     if asked.activations != "auto":
         return ""
-    text = {name: getattr(asked, name) for name in params.EXTRACT_INPUTS if name != "dtype"}
     shape = [made.architecture.name, made.architecture.config(), made.d_sae]
-    return digest([text, asked.hook, name, shape, evaluation, comparable], 24)
+    return digest([_text(asked), asked.hook, name, shape, evaluation, comparable], 24)
+
+
+def _text(asked: params.Train) -> dict[str, Any]:
+    """The parameters that a store's rows depend on, but their precision."""
+    return {name: getattr(asked, name) for name in params.EXTRACT_INPUTS if name != "dtype"}
 
 
 def place(asked: params.Train, name: str, evaluation: str, settings: params.Evaluate | params.Letters) -> str:
     """What of a key is known before anything is trained: tells a plan whether the null will have to be measured."""
-    text = {name: getattr(asked, name) for name in params.EXTRACT_INPUTS if name != "dtype"}
     shape = [asked.activations, asked.hook, asked.architecture, asked.d_sae, asked.k, asked.target_l0]
     names = ("absorption_preset", "absorption_words_per_letter", "absorption_seeds") if isinstance(
         settings, params.Letters) else ("eval_preset",)
-    return digest([text, shape, name, evaluation, [getattr(settings, one) for one in names]], 24)
+    return digest([_text(asked), shape, name, evaluation, [getattr(settings, one) for one in names]], 24)
 
 
 def covered(asked: params.Train, name: str, evaluation: str, settings: params.Evaluate | params.Letters) -> bool:
