@@ -29,6 +29,15 @@ STATE = """el => ({title: el._fullLayout.title.text,
  axes: Object.fromEntries(Object.entries(el._fullLayout).filter(([k]) => /^[xy]axis/.test(k)).map(([k, a]) =>
  [k, {type: a.type, title: a.title.text, range: a.range}]))})"""
 
+PLACE = """(el, [n, i]) => { const t = el._fullData[n], x = el._fullLayout[t.xaxis === 'x' ||
+ !t.xaxis ? 'xaxis' : 'xaxis' + t.xaxis.slice(1)], y = el._fullLayout[t.yaxis === 'y' || !t.yaxis ? 'yaxis' :
+ 'yaxis' + t.yaxis.slice(1)], b = el.getBoundingClientRect(); let px, py;
+ if (t.type === 'heatmap') { px = x.c2p(x.type === 'category' ? i : t.x[i]);
+   py = y.c2p(y.type === 'category' ? 0 : t.y[0]) }
+ else { px = x.c2p(x.d2c(t.x[i])); py = y.c2p(y.d2c(t.y[i]));
+   if (t.type === 'bar' && t.orientation === 'h') px = (px + x.c2p(0)) / 2;
+   else if (t.type === 'bar') py = (py + y.c2p(0)) / 2 }
+ return [b.left + x._offset + px, b.top + y._offset + py] }"""
 
 CHROME = pictures.browser() if importlib.util.find_spec("playwright") else None
 """The browser, or None: then these tests cannot run, and say so."""
@@ -127,21 +136,18 @@ class Lab:
 
     def click_point(self, title: str, trace: int, point: int = 0):
         """Click where plotly drew a point of a scatter or bar trace, or (heat maps) the middle of a cell."""
-        plot = self.plot(title)
-        plot.scroll_into_view_if_needed()
-        place = plot.evaluate("""(el, [n, i]) => { const t = el._fullData[n], x = el._fullLayout[t.xaxis === 'x' ||
-          !t.xaxis ? 'xaxis' : 'xaxis' + t.xaxis.slice(1)], y = el._fullLayout[t.yaxis === 'y' || !t.yaxis ? 'yaxis' :
-          'yaxis' + t.yaxis.slice(1)], b = el.getBoundingClientRect(); let px, py;
-          if (t.type === 'heatmap') { px = x.c2p(x.type === 'category' ? i : t.x[i]);
-            py = y.c2p(y.type === 'category' ? 0 : t.y[0]) }
-          else { px = x.c2p(x.d2c(t.x[i])); py = y.c2p(y.d2c(t.y[i]));
-            if (t.type === 'bar' && t.orientation === 'h') px = (px + x.c2p(0)) / 2;
-            else if (t.type === 'bar') py = (py + y.c2p(0)) / 2 }
-          return [b.left + x._offset + px, b.top + y._offset + py] }""", [trace, point])
-        self.page.mouse.move(place[0] - 3, place[1])
-        self.page.mouse.move(*place)
-        self.page.wait_for_timeout(300)
-        self.page.mouse.click(*place)
+        end = time.time() + 60
+        while time.time() < end:
+            plot = self.plot(title)
+            plot.scroll_into_view_if_needed()
+            x, y = plot.evaluate(PLACE, [trace, point])
+            self.page.mouse.move(x - 3, y)
+            self.page.mouse.move(x, y)
+            self.page.wait_for_timeout(300)
+            # plotly passes on a click only once it has found what lies under the mouse.
+            if plot.evaluate("e => e.isConnected && e._hoverdata && e._hoverdata.length"):
+                return self.page.mouse.click(x, y)
+        raise AssertionError(f"'{title}': nothing under the mouse at point {point} of trace {trace}")
 
     def shot(self, name: str):
         """A screenshot of the whole notebook, to be looked at."""

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import lab as labs
+import pandas as pd
 import pytest
 
 from sae_lib import params, runs
@@ -96,9 +97,9 @@ def table(lab):
     page = lab.page
     rows = page.locator("table.dataTable tbody tr")
     head = page.locator("table.dataTable thead th", has_text="density %").first.get_by_role("button")
-    for _ in range(2):  # ascending, then descending
+    for order in ("ascending", "descending"):
         head.click()
-        page.wait_for_timeout(300)
+        page.locator(f"table.dataTable thead th[aria-sort={order}]").first.wait_for()
     shown = [float(text) for text in page.locator("table.dataTable tbody tr td:nth-child(2)").all_inner_texts()]
     assert len(shown) > 3 and shown == sorted(shown, reverse=True) and shown[0] > 0
     wanted = rows.first.locator("td").first.inner_text()
@@ -106,8 +107,8 @@ def table(lab):
     lab.plot(f"Latent {wanted}:")
     word = rows.first.locator("td").nth(6).inner_text().split()[0]
     page.locator(".dt-search input").fill(word)
-    page.wait_for_timeout(400)
-    assert all(word.lower() in text.lower() for text in rows.all_inner_texts())
+    page.wait_for_function("word => [...document.querySelectorAll('table.dataTable tbody tr')].every("
+                           "row => row.innerText.toLowerCase().includes(word))", arg=word.lower())
     page.locator(".dt-search input").fill("")
     page.locator(".dtsb-add").first.click()
     page.locator("select.dtsb-data").select_option(label="density %")
@@ -247,7 +248,6 @@ def test_compare_and_the_way_into_a_run(lab, study, compared):
     before = lab.changed("Squared error", before)
     assert before["axes"]["xaxis"]["type"] == "log"
     lab.control("runs set apart").click()
-    lab.page.wait_for_timeout(500)
     lab.click_point("Squared error", 0, 0)
     lab.page.get_by_role("tab", name="co-activation").wait_for()
     assert lab.state("Latent ")["data"]
@@ -256,14 +256,18 @@ def test_compare_and_the_way_into_a_run(lab, study, compared):
     lab.page.get_by_role("tab", name="training curves").click()
     lab.plot("Training curves")
     lab.page.get_by_role("tab", name="feature splits").click()
-    lab.page.wait_for_timeout(1500)
-    if lab.page.evaluate(f"!!({labs.FIND})('Full absorption by letter')"):
+    tables = [runs.Run(name).path / "evals/absorption_letters.parquet" for name in study[1]]
+    judged = [frame.letter[frame.kept] for frame in map(pd.read_parquet, filter(Path.exists, tables))]
+    if judged:
+        lab.state("Full absorption by letter")
         lab.choose("letters", "absorption fraction")
         cells = lab.state("Absorption fraction by letter")["data"][0]
         assert cells["rows"] >= 1 and cells["width"] >= 20
         lab.choose("letters", "split latents")
-        lab.click_point("Split latents by letter", 0, 2)
-        lab.plot("Letter C")
+        letter = min(set.intersection(*map(set, judged)))
+        column = lab.state("Split latents by letter")["data"][0]["x"].index(letter)
+        lab.click_point("Split latents by letter", 0, column)
+        lab.plot(f"Letter {letter.upper()}")
     lab.choose("open run", "no run")
     lab.shot("compare")
     lab.clean()

@@ -281,15 +281,15 @@ def test_results_of_another_sae_or_seed_are_not_the_run_s(run):
     (run.path / "evals/tpp.json").write_text(own)
 
 
-def test_03_shows_what_is_there_and_ends_with_an_error(run, tmp_path):
+def test_03_shows_what_is_there_and_ends_with_an_error(run, tiny_store, tmp_path):
     from test_notebooks import page
 
     # A file of SAEBench's own settings that cannot be: text is too short for any block of this context.
     values = {"run": run.name, "evals": ["core", "tpp"], "eval_preset": "smoke", "mode": "batch", "device": "cpu",
               "threads": 1}
-    texts = next(path for path in (runs.home() / "activations").glob("*/heldout*.json*"))
+    texts = tiny_store.path / "heldout.jsonl"
     held = texts.read_bytes()
-    texts.write_text("[]" if texts.suffix == ".json" else "")
+    texts.write_text("")
     try:
         with pytest.raises(papermill.PapermillExecutionError, match="1 of 2 evaluations failed; core: "):
             kept_kernel.execute("03_eval", tmp_path / "03.ipynb", tmp_path, values)
