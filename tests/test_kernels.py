@@ -12,6 +12,7 @@ from test_gradients import F, relative, weights
 from sae_lib.data.ahead import ahead
 from sae_lib.sae import architectures, kernels
 from sae_lib.sae.autoencoder import SparseAutoencoder
+from sae_lib.sae.codes import FixedK
 from sae_lib.sae.kernels import cpu
 from sae_lib.sae.kernels.jumprelu import jumprelu
 from sae_lib.training.adam import Adam, remove_parallel
@@ -249,19 +250,27 @@ def test_ties_share_no_gradient():
         assert (sae.W_enc.grad.abs().sum(1) > 0).sum() == len(codes.indices.unique())
 
 
-def test_a_part_of_the_latents():
-    """What AuxK does: the k largest among some latents, with gradients into their rows alone."""
-    *small, x = weights(torch.float32)
-    only = torch.arange(3, F, 7)
-    found = []
+@pytest.mark.parametrize("k", [1, 5, 1000])
+def test_a_part_of_the_latents(k):
+    """What AuxK does: the k largest among some latents, with gradients into their rows alone; sparse, dense, all."""
+    among = torch.arange(3, F, 7)
+    W_enc, b_enc, W_dec, b_dec, x = (part.requires_grad_() for part in weights())
+    pre_acts = (x - b_dec) @ W_enc[among].T + b_enc[among]
+    top = pre_acts.topk(min(k, len(among)), dim=1)
+    codes = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+    loss = (x.detach() - codes @ W_dec[among]).square().sum(1).mean()
+    expected = torch.autograd.grad(loss, (W_enc, b_enc, W_dec, b_dec))
     for kernel in (kernels.pick("cpu", True), kernels.reference):
-        sae = SparseAutoencoder(*[t.clone() for t in small], architectures.get("topk")(k=3, aux_k=0, aux_weight=0.0))
-        codes = kernel.topk(x, sae, 5, only=only)
-        architectures.squared_error(x, kernel.decode(codes, sae.W_dec[only])).backward()
-        found.append((sae.W_enc.grad, sae.W_dec.grad, sae.b_dec.grad))
-        rest = torch.ones(F, dtype=torch.bool).index_fill(0, only, False)
+        *small, x = weights(torch.float32)
+        sae = SparseAutoencoder(*small, architectures.get("topk")(k=3, aux_k=0, aux_weight=0.0))
+        codes = kernel.topk_among(x, sae, k, among)
+        assert isinstance(codes, FixedK) == (k == 1 and kernel is not kernels.reference)
+        assert int(codes.active().max()) <= k
+        architectures.squared_error(x, kernel.decode(codes, sae.W_dec[among])).backward()
+        for part, truth in zip((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), expected):
+            assert relative(part.grad, truth) < 1e-5
+        rest = torch.ones(F, dtype=torch.bool).index_fill(0, among, False)
         assert sae.W_enc.grad[rest].abs().sum() == 0
-    assert all(relative(a, b.double()) < 1e-5 for a, b in zip(*found))
 
 
 def test_precision_is_a_rule_and_can_be_set():

@@ -56,6 +56,7 @@ def auxiliary_loss(ctx: Context, aux_k: int) -> Tensor:
     enters through the encoder alone, so it is counted once. Only rows of dead latents are touched.
     """
     sae, dead = ctx.sae, ctx.dead.nonzero()[:, 0]
-    codes = sae.kernel.topk(ctx.x, sae, aux_k, only=dead)
+    codes = sae.kernel.topk_among(ctx.x, sae, aux_k, dead)
     residual = (ctx.x - ctx.reconstruction).detach()
-    return architectures.squared_error(residual, sae.kernel.decode(codes, sae.W_dec[dead]), ctx.importance)
+    rows = sae.W_dec.index_select(0, dead)
+    return architectures.squared_error(residual, sae.kernel.decode(codes, rows), ctx.importance)

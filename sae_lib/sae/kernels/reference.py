@@ -22,12 +22,21 @@ class Reference:
             parts = (part.to(self.precision) for part in parts)
         return torch.nn.functional.linear(*parts).to(x.dtype)
 
-    def topk(self, x: Tensor, sae, k: int, only: Tensor | None = None) -> FixedK:
-        """The k largest pre-activations of each row of ``x`` (B, D), through ReLU; ``only`` (n,) of the latents."""
-        if only is None:
-            return select_topk(self.pre_activations(x, sae), k)
-        pre_acts = torch.addmm(sae.b_enc[only], x - sae.b_dec, sae.W_enc[only].T)
-        return select_topk(pre_acts, min(k, len(only)))
+    def topk(self, x: Tensor, sae, k: int) -> FixedK:
+        """The k largest pre-activations of each row of ``x`` (B, D), through ReLU."""
+        return select_topk(self.pre_activations(x, sae), k)
+
+    def topk_among(self, x: Tensor, sae, k: int, latents: Tensor) -> Dense:
+        """The k largest pre-activations among ``latents`` (n,), through ReLU; of ties all. Codes of n latents."""
+        W_enc = sae.W_enc.index_select(0, latents)
+        # 0, with b_dec's gradient: through x - b_dec it would take a product as large as the encoder's.
+        shift = W_enc.detach() @ (sae.b_dec - sae.b_dec.detach())
+        bias = sae.b_enc.index_select(0, latents) - shift
+        pre_acts = torch.addmm(bias, x - sae.b_dec.detach(), W_enc.T)
+        if k >= len(latents):
+            return Dense(pre_acts.relu())
+        least = pre_acts.detach().kthvalue(len(latents) - k + 1, dim=1, keepdim=True).values
+        return Dense(torch.where(pre_acts >= least, pre_acts.relu(), 0))
 
     def batch_topk(self, x: Tensor, sae, k: int) -> CSR:
         """The B k largest positive pre-activations of the whole batch."""

@@ -25,11 +25,18 @@ class Sparse:
         self.dense = Reference(precision)
         """For codes so dense that sparse forms lose."""
 
-    def topk(self, x: Tensor, sae, k: int, only: Tensor | None = None) -> FixedK:
-        """The k largest pre-activations of each row of ``x`` (B, D), through ReLU; ``only`` (n,) of the latents."""
-        W_enc, b_enc = (sae.W_enc, sae.b_enc) if only is None else (sae.W_enc[only], sae.b_enc[only])
-        values, indices = _TopK.apply(x, W_enc, b_enc, sae.b_dec, min(k, len(b_enc)), self)
-        return FixedK(indices, values, len(b_enc))
+    def topk(self, x: Tensor, sae, k: int) -> FixedK:
+        """The k largest pre-activations of each row of ``x`` (B, D), through ReLU."""
+        values, indices = _TopK.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, k, self)
+        return FixedK(indices, values, sae.d_sae)
+
+    def topk_among(self, x: Tensor, sae, k: int, latents: Tensor) -> Codes:
+        """The k largest pre-activations among ``latents`` (n,), through ReLU; codes of n latents, dense where few."""
+        if k > DENSE_FROM * len(latents):
+            return self.dense.topk_among(x, sae, k, latents)
+        W_enc, b_enc = sae.W_enc.index_select(0, latents), sae.b_enc.index_select(0, latents)
+        values, indices = _TopK.apply(x, W_enc, b_enc, sae.b_dec, k, self)
+        return FixedK(indices, values, len(latents))
 
     def batch_topk(self, x: Tensor, sae, k: int) -> CSR:
         """The B k largest positive pre-activations of the whole batch (Bussmann et al. 2024, BatchTopK)."""
