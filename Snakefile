@@ -10,7 +10,7 @@ import sys
 
 import nbformat
 
-from sae_lib import params, plan, presence, runs, studies
+from sae_lib import params, plan, presence, runs, studies, warm
 
 STUDY = config.get("study", "quickstart")
 HOME = runs.home()
@@ -28,6 +28,8 @@ HELD = []
 onstart:
     # One snakemake at a time on a study; its jobs end when it does, however it ends (sae_lib.presence).
     HELD.append(presence.hold(HOME / "runs" / STUDY, f"study '{STUDY}'"))
+    # Notebooks begin as copies of a process that has imported everything (sae_lib.warm).
+    HELD.append(warm.start() if workflow.is_main_process else None)
     os.environ[presence.ENGINE] = str(os.getpid())
     os.environ[presence.CORES] = str(workflow.cores)
     if workflow.is_main_process and config.get("estimate", True):
@@ -77,7 +79,7 @@ def store_of(member):
 
 # Lines that tell how far the work is go to the terminal too; the whole log is kept beside the notebook.
 # numba's threads are told apart from torch's: a team of all cores would stand in the way of other jobs.
-PAPERMILL = ("NUMBA_NUM_THREADS={threads} {PYTHON:q} sae_lib.batch {input.notebook:q} {log.notebook:q} -y {params.given:q} -p threads {threads} -p overwrite True "
+PAPERMILL = ("NUMBA_NUM_THREADS={threads} {PYTHON:q} sae_lib.batch papermill {input.notebook:q} {log.notebook:q} -y {params.given:q} -p threads {threads} -p overwrite True "
              "--log-output --no-progress-bar 2>&1 | tee {log.text:q} "
              "| {{ grep --line-buffered -E ' left|tokens/s|samples/s' || true; }}")
 
@@ -89,7 +91,7 @@ def compare_what_is_there():
     """05 over all runs of the study, outside the plan of jobs; the next call makes its table again."""
     folder = HOME / "runs" / STUDY / "compare"
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([*PYTHON, "sae_lib.batch", notebook("compare"), str(folder / "05_compare.ipynb"), "-y", COMPARED,
+    subprocess.run([*PYTHON, "sae_lib.batch", "papermill", notebook("compare"), str(folder / "05_compare.ipynb"), "-y", COMPARED,
                     "--no-progress-bar"], check=False)
     subprocess.run([*PYTHON, "sae_lib", "pictures", STUDY], check=False)
 
@@ -156,7 +158,7 @@ rule words:
     threads: workflow.cores
     priority: 1000
     shell:
-        "{PYTHON:q} sae_lib words {STUDY:q} 2>&1 | tee {output:q} | {{ grep --line-buffered -E ' left|tokens/s' || true; }}"
+        "{PYTHON:q} sae_lib.batch sae_lib words {STUDY:q} 2>&1 | tee {output:q} | {{ grep --line-buffered -E ' left|tokens/s' || true; }}"
 
 
 rule letters:
@@ -192,4 +194,4 @@ rule pictures:
     input: f"{HOME}/runs/{STUDY}/compare/table.csv", EVALUATED
     output: f"{HOME}/runs/{STUDY}/compare/pictures.txt"
     threads: workflow.cores
-    shell: "{PYTHON:q} sae_lib pictures {STUDY:q} 2>&1 | tee {output:q}"
+    shell: "{PYTHON:q} sae_lib.batch sae_lib pictures {STUDY:q} 2>&1 | tee {output:q}"

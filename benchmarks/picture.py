@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lib import runs
+from sae_lib.sae.architectures import Architecture
 from sae_lib.views.template import COLOURS, GREY, dress, mark, style
 
 TRIED = {"explained_variance": "Explained variance", "letter_recovery": "Letter recovery",
@@ -58,7 +59,7 @@ def learning_rates(results: dict) -> go.Figure:
             fig.add_scatter(x=[one["lr"] for one in own], y=[one[measure] for one in own], name=name, row=1, col=column,
                             mode="lines+markers", line=style(number), marker=mark(number, 8), legendgroup=name,
                             showlegend=column == 1)
-    fig.add_vline(x=3.2e-3, line={"color": GREY, "dash": "dot"})
+    fig.add_vline(x=Architecture.tuned_lr, line={"color": GREY, "dash": "dot"})
     fig.update_xaxes(type="log", title="Learning rate (log)")
     fig.update_yaxes(tickformat=".0%", row=1, col=len(TRIED))
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom"})

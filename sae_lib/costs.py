@@ -124,6 +124,7 @@ class _Counting:
         return tokens * shape.operations(p.context, _depth(p)) / rate
 
     def store(self, name: str, p: params.Extract) -> Job:
+        """01: the model on all tokens of a store, and the first download."""
         width, tokens = shape_of(p.model).d_model, p.tokens + max(p.tokens // 20, 2048)
         if self.done("extract", name, f"activations/{name}/manifest.json"):
             return Job("extract", name, *NOTHING, tokens, done=True)
@@ -133,6 +134,7 @@ class _Counting:
                    note=" (with the download)" if first else "")
 
     def train(self, member) -> Job:
+        """02 of a run: its steps, what it does on held-out text, and the model's passes where activations stream."""
         p = params.check("train", member.params, member.origin)
         streamed = p.store == "stream" and p.activations == "auto"
         width = _width(p)
@@ -147,6 +149,7 @@ class _Counting:
                    note=" (the model reads its text on the way)" if streamed else "")
 
     def evaluate(self, member) -> Job:
+        """03 of a run: passes of the model with the SAE, and what the first run of a model measures for all."""
         from sae_lib.evaluation.saebench import PRESETS
 
         p, asked = (params.check(stage, member.params, member.origin) for stage in ("eval", "train"))
@@ -172,6 +175,9 @@ class _Counting:
                    note=_others(p))
 
     def letters(self, member) -> Job:
+        """04 of a run: the sparse probes of its SAE for each seed, and of null baselines still to be measured."""
+        from sae_lib.evaluation.nulls import NOT_APPLICABLE
+
         p, asked = (params.check(stage, member.params, member.origin) for stage in ("letters", "train"))
         done = self.done("letters", member.name, f"runs/{member.name}/evals/letters_done.json")
         if asked.model == "planted":
@@ -183,7 +189,7 @@ class _Counting:
         nulls = 0.0
         for seed in p.absorption_seeds:
             key = (asked.model, asked.hook, asked.dtype, words, seed)
-            named = [name for name in p.nulls if name in ("random", "untrained")]
+            named = [name for name in p.nulls if (name, "absorption") not in NOT_APPLICABLE]
             named = _to_measure(named, asked, "absorption", p)
             nulls += self.once(done, ("nulls", *key, *_form(asked)), one * len(named))
         points = len(p.absorption_ratios) + len(asked.snapshots) * p.absorption_over_training

@@ -118,8 +118,8 @@ def line(study: str, left: list[tuple[str, str]], cores: int) -> str:
     """
     asked = json.dumps({"study": study, "left": left, "cores": cores})
     try:
-        found = subprocess.run([sys.executable, "-m", "sae_lib.plan"], input=asked, capture_output=True, text=True,
-                               timeout=LIMIT, cwd=runs.project())
+        found = subprocess.run([sys.executable, "-m", "sae_lib.batch", "sae_lib.plan"], input=asked,
+                               capture_output=True, text=True, timeout=LIMIT, cwd=runs.project())
     except (OSError, subprocess.SubprocessError) as error:
         return f"{study}: how long it takes is not known ({type(error).__name__})"
     said = (found.stdout.strip() or found.stderr.strip() or "no answer").splitlines()[-1]

@@ -203,7 +203,7 @@ class Run:
             return default
         value = read_json(path)
         if not isinstance(value, dict):
-            raise RunError(f"{path}: a mapping is wanted, not a {type(value).__name__}; run its stage again")
+            raise RunError(f"{path}: expected a mapping, got a {type(value).__name__}; run its stage again")
         return value
 
     @contextlib.contextmanager

@@ -62,7 +62,7 @@ def test_most_takes_the_ceiling_and_the_first_of_equals():
     assert importance.most(scores, 0.2).tolist() == [False, True, False, False, False]
     assert importance.most(scores, 0.21).sum() == 2 and importance.most(scores, 1.0).all()
     assert importance.most(torch.zeros(100), 0.07).sum() == 7  # 0.07 * 100 is above 7 in floating point
-    with pytest.raises(ParameterError, match="compression_ratios: 0"):
+    with pytest.raises(ParameterError, match="compression_ratios: expected .* got 0"):
         importance.most(scores, 0)
 
 
@@ -295,7 +295,7 @@ def test_too_little_text_is_one_error(tiny_model):
 @pytest.mark.parametrize("stage, key", [("eval", "compression_ratios"), ("letters", "absorption_ratios")])
 @pytest.mark.parametrize("value", [[0.0], [1.5], [-0.5], [0.5, 0.5]])
 def test_bad_ratios_are_one_clear_error(stage, key, value):
-    with pytest.raises(ParameterError, match=f"{key}: shares of the latents are wanted, each above 0 and at most 1"):
+    with pytest.raises(ParameterError, match=f"{key}: expected shares of the latents, each above 0 and at most 1"):
         params.check(stage, {key: value})
 
 

@@ -239,7 +239,7 @@ def test_a_damaged_sae_names_its_file(damage, says, sae):
     ("params.yaml", "1: 2\n", "params.yaml: 1: names are words"),
     ("params.yaml", "when: 2001-99-99\n", "params.yaml: not valid YAML"),
     ("training.json", '{"steps": 1', "training.json: damaged JSON"),
-    ("training.json", "[1]", "training.json: a mapping is wanted, not a list"),
+    ("training.json", "[1]", "training.json: expected a mapping, got a list"),
     ("training.json", '{"steps": 1}', "training.json, .* is damaged"),
 ])
 def test_a_run_s_damaged_file_is_named(name, text, says, elsewhere):

@@ -11,7 +11,7 @@ from sae_lib.params import ParameterError, check
     ("train", {"kk": 3}, "file.yaml: unknown parameter 'kk'; did you mean 'k'"),
     ("extract", {"tokns": 3}, "did you mean 'tokens'"),
     ("train", {"k": "many"}, "file.yaml: k: Input should be a valid integer"),
-    ("train", {"k": True}, "k: a number or a word is wanted"),
+    ("train", {"k": True}, "k: expected a number or a word"),
     ("train", {"k": 5000}, "k = 5000 is larger than d_sae = 4096"),
     ("train", {"lr": 0}, "lr: Input should be greater than 0"),
     ("train", {"architecture": "standard", "target_l0": 9999}, "target_l0 = 9999.0 must be below d_sae"),

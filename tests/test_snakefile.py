@@ -13,7 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from sae_lib import runs
+from sae_lib import runs, warm
 
 VARIANT = "architecture: topk\nd_sae: 128\nk: {k}\nsamples: 30000\nbatch_size: 256\nlr: 0.002\nwarmup_steps: 10\n"
 VARIANTS = {"a": VARIANT.format(k=8).replace("d_sae: 128", "d_sae: 512").replace("samples: 30000", "samples: 200000"),
@@ -35,11 +35,13 @@ def checkout(tmp_path_factory):
     for name, text in VARIANTS.items():
         (folder / f"params/variants/{name}.yaml").write_text(text)
     environment = os.environ | {"PYTHONPATH": str(folder)}
+    shared = warm.start(environment, folder)  # for all that follow, where each would start its own
 
-    def start(*arguments, study="small", home=folder, estimate=False):
+    def start(*arguments, study="small", home=folder, estimate=False, own=False):
         words = [sys.executable, "-m", "snakemake", "--config", f"study={study}", f"estimate={estimate}", *arguments]
+        changed = {"SAE_WORKBOOK_HOME": str(home)} | ({warm.ADDRESS: ""} if own else {})
         # A shell's background job ignores Ctrl-C, and what it starts inherits that: here it shall be heard.
-        return subprocess.Popen(words, cwd=folder, env=environment | {"SAE_WORKBOOK_HOME": str(home)},
+        return subprocess.Popen(words, cwd=folder, env=environment | changed,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
@@ -47,8 +49,11 @@ def checkout(tmp_path_factory):
         process = start(*arguments, **where)
         text, _ = process.communicate()
         return process.returncode, text
-    call.start = start
+    call.start, call.warm = start, shared
     yield folder, call
+    if shared:
+        shared.stdin.close()
+        shared.wait()
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +101,12 @@ def test_after_a_failed_job_what_is_there_is_compared(checkout):
     assert jobs(call("--dry-run", study="failing")[1])["train"] == 1, "a table of what is there is not the end"
 
 
-def interrupt(process, begun, how):
-    """Interrupt snakemake once ``begun()`` is true; what it had started must end by itself."""
+def interrupt(process, begun, how, warmed=None):
+    """Interrupt snakemake once ``begun()`` is true; what it, or ``warmed`` for it, had started must end by itself."""
     while not begun():
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.02)
-    left = psutil.Process(process.pid).children(recursive=True)
+    left = [child for one in (process, warmed) if one for child in psutil.Process(one.pid).children(recursive=True)]
     how(process)
     process.communicate(timeout=60)
     assert process.returncode != 0 and len(left) >= 3, "the shell, papermill and its kernel"
@@ -135,17 +140,17 @@ def test_an_interrupted_snakemake_leaves_nothing_and_the_plain_command_goes_on(c
     threads = [f"{rule}={threads_of(undisturbed / f'notebooks/{notebook}.ipynb')}" for rule, notebook in (
         ("train", "02_train_variant"), ("eval", "03_eval"), ("letters", "04_letter_absorption"))]
 
-    def start():
-        return call.start("--set-threads", *threads, study="killed", home=folder / "killed")
+    def start(**how):
+        return call.start("--set-threads", *threads, study="killed", home=folder / "killed", **how)
 
     def written(stage):
         log = run / f"notebooks/{stage}.log"
         return lambda: log.exists() and log.stat().st_size > 0
-    interrupt(start(), lambda: any((folder / "killed").glob("activations/*.partial/*.json")), terminated)
-    interrupt(start(), lambda: any(run.glob("checkpoints/[0-9]*")), killed)
+    interrupt(start(own=True), lambda: any((folder / "killed").glob("activations/*.partial/*.json")), terminated)
+    interrupt(start(own=True), lambda: any(run.glob("checkpoints/[0-9]*")), killed)
     assert not (run / "training.json").exists()
     for stage, how in (("03_eval", control_c), ("04_letter_absorption", killed)):
-        interrupt(start(), written(stage), how)
+        interrupt(start(), written(stage), how, call.warm)
     assert not (run / "evals/letters_done.json").exists()
 
     text, _ = (process := start()).communicate()

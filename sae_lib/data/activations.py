@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
 
 from sae_lib import params, presence, runs
-from sae_lib.data import capture, corpus, language_model
+from sae_lib.data import assets, capture, corpus, language_model
 from sae_lib.data.language_model import LanguageModel
 from sae_lib.data.manifest import FORMAT
 from sae_lib.data.store import Batch, Store, join, open_store
@@ -148,6 +148,8 @@ def _extract(p: Extract, target: Path) -> None:
     if (partial / "manifest.json").exists() and not (partial / "state.json").exists():
         return _publish(partial, target)  # only its name was left to give
     state = _resume(p, partial)
+    if not state:
+        assets.begin(name.partition("_")[0] for name in corpus.shares(p))  # while the model is fetched and converted
     model = language_model.load(p.model, hook=p.hook, dtype=state.get("dtype") or p.dtype, device=p.device)
     if not state:
         state = _prepare(p, model, partial)
@@ -278,12 +280,10 @@ def _finish(p: Extract, model: LanguageModel, state: dict, shards: dict[str, lis
         raise runs.RunError(f"{partial}: a shard's note is damaged ({error}); delete the folder and extract "
                             "again") from None
     described = capture.statistics(measured["train"], state["median_norm"], p.max_norm_ratio)
-    held = measured["heldout"]
+    seen = ("rows", "bos_dropped", "special_dropped", "outliers_dropped")
     counts = {"train": described.pop("counts") | state["corpus"]["train"],
-              "heldout": {"rows": held.rows, "bos_dropped": held.bos_dropped, "special_dropped": held.special_dropped,
-                          "outliers_dropped": held.outliers_dropped} | state["corpus"]["heldout"]}
+              "heldout": {name: getattr(measured["heldout"], name) for name in seen} | state["corpus"]["heldout"]}
     working = sum(s["seconds"] for split in shards for s in shards[split])
-    every = sum(counts[split]["text_tokens"] for split in counts)
     listed = {split: [{k: s[k] for k in ("file", "rows", "sha256")} for s in shards[split]] for split in shards}
     hashes = [s["sha256"] for split in ("train", "heldout") for s in listed[split]]
     manifest = {"format": FORMAT, "inputs": state["inputs"], "name": params.activations_name(p),
@@ -291,7 +291,7 @@ def _finish(p: Extract, model: LanguageModel, state: dict, shards: dict[str, lis
                 "model": language_model.describe(p.model)._asdict() | {"bos_id": model.bos_id}, "hook": model.hook,
                 "shares": corpus.shares(p), "counts": counts, **described, "shards": listed,
                 "examples": state["examples"], "seconds": {"model": working, "last_session": seconds},
-                "tokens_per_second": every / max(working, 1e-9),
+                "tokens_per_second": sum(counts[split]["text_tokens"] for split in counts) / max(working, 1e-9),
                 "provenance": runs.provenance(threads=torch.get_num_threads(), device=str(model.device))}
     runs.write_json(partial / "finished.json", manifest)
     runs.write_json(partial / "manifest.json", manifest)

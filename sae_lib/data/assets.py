@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -58,6 +60,9 @@ ASSETS = {
                        "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5),
 }
 
+_DOWNLOADS = {name: threading.Lock() for name in ASSETS}
+"""Held while an asset is downloaded."""
+
 
 def archive(name: str) -> Path:
     """Path of an asset's archive in the cache, downloaded if it is not there.
@@ -66,9 +71,25 @@ def archive(name: str) -> Path:
     """
     asset = ASSETS[name]
     path = runs.cache() / "wheels" / asset.file
-    if not path.exists():
-        _download(name, asset, path)
+    with _DOWNLOADS[name]:
+        if not path.exists():
+            _download(name, asset, path)
     return path
+
+
+def begin(names: Iterable[str]) -> None:
+    """Start to download, side by side, assets of ``names`` that are not there yet; ``archive`` waits for them.
+
+    Nothing is raised here: what fails is tried again, and said, by whoever needs it.
+    """
+    for name in names:
+        if name in ASSETS and not (runs.cache() / "wheels" / ASSETS[name].file).exists():
+            threading.Thread(target=_quietly, args=(name,), daemon=True).start()
+
+
+def _quietly(name: str) -> None:
+    with contextlib.suppress(AssetError, OSError):
+        archive(name)
 
 
 def member(name: str, suffix: str) -> bytes:

@@ -15,8 +15,8 @@ from sae_lib.params import ParameterError
 BINS = torch.logspace(-2, 3, 201, dtype=torch.float64)
 """Edges of the norm histogram, in medians, evenly spaced on a log axis; what lies outside is counted in the first or
 last bin."""
-MEDIAN_TOKENS = 16_384
-"""Tokens at the beginning of the text, whose median norm is the measure for outliers."""
+MEDIAN_TOKENS = 4096
+"""Tokens at the beginning of the text, whose median norm is the measure for outliers; so many give it within 1 %."""
 
 
 class Measured(NamedTuple):

@@ -95,7 +95,7 @@ class Histogram(Part):
     @model_validator(mode="after")
     def _not_empty(self):
         if len(self.edges) != len(self.counts) + 1 or not any(self.counts) or min(self.counts) < 0:
-            raise ValueError("one edge more than counts is wanted, and a count above 0")
+            raise ValueError("expected one edge more than counts, and a count above 0")
         return self
 
 

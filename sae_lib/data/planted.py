@@ -77,8 +77,8 @@ class World(BaseModel):
     @model_validator(mode="after")
     def _fits(self):
         if self.parents * (1 + self.children) > self.features:
-            raise ValueError(f"features: {self.features} are too few for {self.parents} parents of {self.children} "
-                             f"children each; {self.parents * (1 + self.children)} are wanted at least")
+            raise ValueError(f"features: expected at least {self.parents * (1 + self.children)} for {self.parents} "
+                             f"parents of {self.children} children each, got {self.features}")
         if self.children_per_row >= self.children:
             raise ValueError(f"children_per_row: {self.children_per_row} must be below children, {self.children}")
         if self.lowest >= self.highest:

@@ -213,7 +213,7 @@ class Precomputed(Store):
                 return file.get_slice(wanted)
         except (OSError, ValueError, SafetensorError, EOFError) as error:
             raise self._wrong(name, f"cannot be read as plain numbers ({error})") from None
-        raise self._wrong(name, "a .safetensors or .npy file is wanted")
+        raise self._wrong(name, "expected a .safetensors or .npy file")
 
     def _size(self, name: str) -> int:
         """Rows in a file."""
@@ -222,9 +222,9 @@ class Precomputed(Store):
         fits = len(shape) == 2 or (len(shape) == 3 and shape[1] == self.context)
         if not fits or shape[-1] != self.d_in:
             blocks = f" or (n, {self.context}, {self.d_in})" if self.context else ""
-            raise self._wrong(name, f"shape {shape}; (N, {self.d_in}){blocks} is wanted")
+            raise self._wrong(name, f"expected shape (N, {self.d_in}){blocks}, got {shape}")
         if isinstance(array, np.ndarray) and array.dtype.kind != "f":
-            raise self._wrong(name, f"{array.dtype}; floating-point numbers are wanted")
+            raise self._wrong(name, f"expected floating-point numbers, got {array.dtype}")
         return math.prod(shape[:-1])
 
     def _read(self, shard: dict) -> torch.Tensor:
@@ -271,7 +271,7 @@ class Precomputed(Store):
 def _manifest(file: Path) -> Manifest:
     found = runs.read_json(file)
     if not isinstance(found, dict):
-        raise runs.RunError(f"{file}: a mapping is wanted, not a {type(found).__name__}")
+        raise runs.RunError(f"{file}: expected a mapping, got a {type(found).__name__}")
     try:
         said = Manifest(**found)
     except (ValidationError, TypeError) as error:

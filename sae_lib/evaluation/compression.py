@@ -103,7 +103,7 @@ def text_of(lm, held: importance.HeldOut, shares: dict[str, float], context: int
         if len(blocks) < wanted:
             few = len(blocks) < FEWEST_BLOCKS
             notes.append(f"{name}: held-out documents fill {len(blocks)} blocks of {context} tokens, "
-                         f"{wanted} are wanted" + ("; left out" if few else ""))
+                         f"expected {wanted}" + ("; left out" if few else ""))
             if few:
                 continue
         parts.append(blocks)

@@ -114,7 +114,7 @@ def most(scores: Tensor, ratio: float) -> Tensor:
     Raises ParameterError for a ratio outside (0, 1].
     """
     if not 0 < ratio <= 1:
-        raise ParameterError(f"compression_ratios: {ratio}: shares of the latents are wanted, above 0 and at most 1")
+        raise ParameterError(f"compression_ratios: expected shares of the latents, above 0 and at most 1, got {ratio}")
     count = math.ceil(round(ratio * len(scores), 9))  # 0.07 * 100 is 7.000000000000001
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[scores.argsort(descending=True, stable=True)[:count]] = True

@@ -131,7 +131,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train) -> Letters:
                           seed=seed, vocabulary=words.vocabulary, preset=p.absorption_preset, device=str(device))
 
     with adapter.settings(p.threads):
-        side = word_material.ModelSide(p, asked)
+        side = word_material.WordReading(p, asked)
         model, site, info, device, words = side.model, side.hook, side.info, side.device, side.words
         sae = sae.to(device)
         adapter.check_sae(sae, model, info.d_model)

@@ -74,7 +74,7 @@ def _read(run: runs.Run) -> dict[str, Any]:
     values, t, core = run.params, run.json("training.json", {}), run.json("evals/core.json", {})
     row = {"status": verdict["status"], "reasons": "; ".join(verdict["reasons"]), "flags": "; ".join(verdict["flags"])}
     if row["status"] not in STATES:
-        raise runs.RunError(f"validity.json: status '{row['status']}' is none of {', '.join(STATES)}")
+        raise runs.RunError(f"validity.json: expected a status of {', '.join(STATES)}, got '{row['status']}'")
     if row["status"] == "valid" and not t:
         raise runs.RunError("no training.json: run 02_train_variant again")
     gone = [name for name in verdict.get("checked", ()) if name in faults.NAMES and not run.json(f"evals/{name}.json")]

@@ -83,7 +83,7 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance({} if values is None else values, dict):
-        raise ParameterError(f"{path}: a mapping of names to values is wanted, not a {type(values).__name__}")
+        raise ParameterError(f"{path}: expected a mapping of names to values, got a {type(values).__name__}")
     for key in values or {}:
         if not isinstance(key, str):
             raise ParameterError(f"{path}: {key!r}: names are words, not a {type(key).__name__}")

@@ -29,7 +29,7 @@ class Common(BaseModel):
     @classmethod
     def _numbers_are_not_switches(cls, value, info):
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("a number or a word is wanted, not true or false")
+            raise ValueError("expected a number or a word, got true or false")
         return value
 
 
@@ -176,20 +176,20 @@ class Train(Extract):
     @classmethod
     def _snapshots_are_steps_of_their_own(cls, value, info):
         if not all(0 <= share <= 1 for share in value) or len(set(value)) < len(value):
-            raise ValueError("shares of training are wanted, each from 0 (untrained) to 1, and each once")
+            raise ValueError("expected shares of training, each from 0 (untrained) to 1, and each once")
         total = info.data.get("samples", 0) // info.data.get("batch_size", 1)
         steps = [round(share * total) for share in sorted(value)]
         inner = [step for share, step in zip(sorted(value), steps) if 0 < share < 1]
         if total and (len(set(steps)) < len(steps) or {0, total} & set(inner)):
-            raise ValueError(f"of {total} steps these are steps {steps}; shares are wanted that are steps of their "
-                             "own, none but 0 and 1 the first or the last")
+            raise ValueError("expected shares that are steps of their own, none but 0 and 1 the first or the last; of "
+                             f"{total} steps these are steps {steps}")
         return sorted(value)
 
     @field_validator("matryoshka_widths")
     @classmethod
     def _widths_are_shares(cls, value):
         if not all(0 < share <= 1 for share in value):
-            raise ValueError("shares of the latents are wanted, each above 0 and at most 1")
+            raise ValueError("expected shares of the latents, each above 0 and at most 1")
         return value
 
     @field_validator("set")
@@ -200,7 +200,7 @@ class Train(Extract):
 
 def _ratios(value: list[float]) -> list[float]:
     if not all(0 < ratio <= 1 for ratio in value) or len(set(value)) < len(value):
-        raise ValueError("shares of the latents are wanted, each above 0 and at most 1, and each once")
+        raise ValueError("expected shares of the latents, each above 0 and at most 1, and each once")
     return sorted(value, reverse=True)
 
 
@@ -271,7 +271,7 @@ class Letters(Common):
     @classmethod
     def _seeds_differ(cls, value):
         if len(set(value)) < len(value) or min(value) < 0 or max(value) >= 2**32:
-            raise ValueError("seeds from 0 to 4294967295 are wanted, each once")
+            raise ValueError("expected seeds from 0 to 4294967295, each once")
         return value
 
 

@@ -65,11 +65,11 @@ def load_foreign(folder: Path | str) -> SparseAutoencoder:
     name = next((name for name, (weights, _, _) in FORMATS.items() if (folder / weights).is_file()), None)
     if name is None:
         wanted = "; ".join(f"{weights} and {config} ({name})" for name, (weights, config, _) in FORMATS.items())
-        raise RunError(f"{folder}: no SAE in it; a folder with one of these is wanted: {wanted}")
+        raise RunError(f"{folder}: no SAE in it; expected a folder with one of these: {wanted}")
     weights, config, read = FORMATS[name]
     found = runs.read_json(folder / config)
     if not isinstance(found, dict):
-        raise RunError(f"{folder / config}: a mapping is wanted, not a {type(found).__name__}")
+        raise RunError(f"{folder / config}: expected a mapping, got a {type(found).__name__}")
     parts = read(folder / config, found, folder / weights)
     _check(parts, folder / weights)
     sae = _unit_rows(parts)
@@ -168,7 +168,7 @@ def _pickled(file: Path) -> dict[str, Tensor]:
         raise RunError(f"{file}: cannot be read as tensors alone ({reason}); nothing else is unpickled. Save it "
                        "with torch.save(ae.state_dict(), ...)") from None
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise RunError(f"{file}: a state dict of tensors is wanted, not {type(found).__name__}; "
+        raise RunError(f"{file}: expected a state dict of tensors, got {type(found).__name__}; "
                        "save it with torch.save(ae.state_dict(), ...)")
     return found
 
@@ -179,11 +179,11 @@ def _only(held: dict[str, Tensor], file: Path, *names: str) -> list[Tensor]:
     if missing or more:
         says = "; ".join(f"{what} {', '.join(those)}" for what, those in (("lacks", missing), ("also holds", more))
                          if those)
-        raise RunError(f"{file}: {says}; wanted are {', '.join(names)}")
+        raise RunError(f"{file}: {says}; expected {', '.join(names)}")
     for name in names:
         value = held[name]
         if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
-            raise RunError(f"{file}: {name}: plain numbers are wanted, not {value.dtype} ({value.layout})")
+            raise RunError(f"{file}: {name}: expected plain numbers, got {value.dtype} ({value.layout})")
     return [held[name].float() for name in names]
 
 
@@ -192,7 +192,7 @@ def _check(parts: Parts, file: Path) -> None:
     shapes = [tuple(t.shape) for t in parts[:4]]
     wrong = [name for name, vector in parts.further.items() if tuple(vector.shape) != shapes[1]]
     if wrong:
-        raise RunError(f"{file}: {wrong[0]}: one number per latent is wanted, not the shape "
+        raise RunError(f"{file}: {wrong[0]}: expected one number per latent, got the shape "
                        f"{tuple(parts.further[wrong[0]].shape)}")
     d_sae, d_in = shapes[0] if len(shapes[0]) == 2 else (0, 0)
     if min(d_sae, d_in) < 1 or shapes != [(d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,)]:
@@ -200,7 +200,7 @@ def _check(parts: Parts, file: Path) -> None:
                        f"{shapes[2]} and {shapes[3]}")
     k = parts.k
     if parts.architecture == "topk" and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= d_sae):
-        raise RunError(f"{file}: k = {k!r} with {d_sae} latents; 1 to {d_sae} is wanted")
+        raise RunError(f"{file}: expected k from 1 to {d_sae}, the number of latents, got k = {k!r}")
 
 
 def _unit_rows(parts: Parts) -> SparseAutoencoder:

@@ -83,7 +83,7 @@ def core(sae, lm, texts: list[str], preset: str = "default", *, context: int = 1
     values = {name: value for name, value in scalars.items() if name not in NOT_COMPARABLE}
     values["explained_variance"] = metrics.explained_variance(x, x_hat)
     note = None if batches == asked else (
-        f"the held-out text has {available} blocks of {context} tokens, {asked.blocks} are wanted for '{preset}'")
+        f"the held-out text has {available} blocks of {context} tokens, expected {asked.blocks} for '{preset}'")
     config = {
         "preset": preset, "model": lm.name, "model_identity": lm.identity, "hook": lm.hook, "d_in": sae.d_in,
         "d_sae": sae.d_sae, "context": context, "dtype": _dtype(lm), "device": str(lm.device), "seed": SEED,
@@ -141,7 +141,7 @@ def _blocks(lm, texts: list[str], wanted: Batches, context: int) -> Tensor:
 def packed(lm, texts: list[str], most: int, context: int) -> Tensor:
     """Token blocks (N, context), each led by BOS, cut as SAEBench cuts text, but never one twice; ``most`` at most.
 
-    Documents are shuffled once by SEED and joined with BOS between them; no more than are wanted are made.
+    Documents are shuffled once by SEED and joined with BOS between them; no more than needed are made.
     """
     from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 

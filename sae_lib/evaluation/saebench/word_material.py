@@ -13,7 +13,7 @@ from sae_lib.evaluation.evaluate import hook_of
 from sae_lib.evaluation.saebench import adapter, letter_words
 
 
-class ModelSide:
+class WordReading:
     """The model, words and place that 04 of parameters ``p`` reads for a run trained with ``asked``."""
 
     def __init__(self, p: params.Letters, asked: params.Train):
@@ -41,7 +41,7 @@ class ModelSide:
 def prepare(p: params.Letters, asked: params.Train) -> None:
     """Compute and keep what 04 will find."""
     with adapter.settings(p.threads):
-        side = ModelSide(p, asked)
+        side = WordReading(p, asked)
         for seed in p.absorption_seeds:
             reused = side.material(seed).reused
             print(f"{side.model} {side.hook}, seed {seed}: {len(side.words.tokens):,} words, "
@@ -68,7 +68,7 @@ def of_study(study: str) -> int:
 
 
 def _kind(asked: params.Train) -> list:
-    """What of a run's training ``ModelSide`` depends on."""
+    """What of a run's training ``WordReading`` depends on."""
     return [asked.model, asked.hook, precision(asked), asked.spelling_share > 0]
 
 

@@ -49,7 +49,7 @@ class Reference:
         return CSR(offsets_of(taken), taken.nonzero()[:, 1], pre_acts[taken], sae.d_sae)
 
     def crowded(self, x: Tensor, sae, threshold: Tensor) -> bool:
-        """Whether dense codes are wanted: always, here."""
+        """Whether codes are computed densely: always, here."""
         return True
 
     def over(self, x: Tensor, sae, threshold: Tensor) -> Dense:

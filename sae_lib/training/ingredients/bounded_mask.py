@@ -46,7 +46,7 @@ class BoundedMask(Masked):
         if (config.ratio == "dynamic") != (config.bounds is not None):
             return "ratio: dynamic and bounds: [r_min, r_max] belong together"
         if config.bounds is not None and not 0 < config.bounds[0] <= config.bounds[1] <= 1:
-            return "bounds: 0 < r_min <= r_max <= 1 is wanted"
+            return f"bounds: expected 0 < r_min <= r_max <= 1, got {list(config.bounds)}"
         if config.learned and config.kind == "hard":
             return "learned: a hard mask has no gradient; set kind: sigmoid, or kind: gate"
         return super().refuses(config, p)

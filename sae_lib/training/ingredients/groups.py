@@ -45,7 +45,7 @@ class Groups(Ingredient):
     def refuses(cls, config, p) -> str | None:
         """More groups than latents, or than groups to keep."""
         if config.groups > p.d_sae or config.keep > config.groups:
-            return f"{config.groups} groups of {p.d_sae} latents, {config.keep} kept: keep <= groups <= d_sae is wanted"
+            return f"expected keep <= groups <= d_sae, got {config.keep} of {config.groups} groups of {p.d_sae} latents"
         return None
 
     def transform(self, codes: Codes, ctx) -> Codes:

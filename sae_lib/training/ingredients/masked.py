@@ -47,7 +47,7 @@ class MaskConfig(IngredientConfig):
         ends = (value.start, value.end) if getattr(value, "kind", "constant") != "constant" else (
             getattr(value, "start", 1),)
         if not all(0 <= end <= 1 for end in ends) or (info.field_name == "ratio" and 0 in ends):
-            raise ValueError("a share from 0 to 1 is wanted (of latents that are kept: above 0)")
+            raise ValueError("expected a share from 0 to 1 (of latents that are kept: above 0)")
         return value
 
 
