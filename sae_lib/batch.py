@@ -50,7 +50,7 @@ def _connect(address: str) -> socket.socket | None:
 def _ask(connection: socket.socket) -> int | None:
     """The process id of a copy that now runs the module; None where the warm process declines or ends."""
     request = json.dumps({"argv": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ),
-                          "code": [sys.executable, warm.__file__]}).encode()
+                          "code": [sys.prefix, warm.__file__]}).encode()
     with contextlib.suppress(OSError):
         socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
         connection.sendall(request)

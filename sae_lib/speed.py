@@ -100,8 +100,10 @@ class Speed:
     def product(self, shape: Shape, dtype: str, device: str) -> float:
         """Operations a second of a product of the model's width, in a precision; ``auto`` is the better of two."""
         if dtype == "auto":
-            both = {one: self.product(shape, one, device) for one in ("float32", "bfloat16")}
-            return max(both.values())
+            from sae_lib.precision import has_bfloat16
+
+            kinds = ("float32", "bfloat16") if has_bfloat16(device) else ("float32",)
+            return max(self.product(shape, one, device) for one in kinds)
         key = (shape.d_model, shape.inner, dtype, device)
         if key not in self._products:
             with _threads(self.cores):

@@ -34,7 +34,7 @@ OURS = "SAE_WORKBOOK_"
 THREADS = ("_NUM_THREADS", "_MAXIMUM_THREADS")
 """How variables end that say how many threads to use: a copy sets them anew."""
 OTHERS = ("PWD", "OLDPWD", "SHLVL", "_", "TMPDIR", "TMP", "TEMP", "TEMPDIR", "COLUMNS", "LINES",
-          "PYTEST_CURRENT_TEST")
+          "PS1", "PS2", "PS4", "PROMPT_COMMAND", "PYTEST_CURRENT_TEST")
 """Other variables that no library reads as it is imported."""
 
 MODULES = (
@@ -84,7 +84,7 @@ def start(environment=None, project: Path | None = None) -> subprocess.Popen | N
 def serve(listener: socket.socket, owner: int) -> None:
     """Import everything, then copy this process for each request until the file ``owner`` comes to its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # copies that have ended are not waited for
-    ours = _state(os.environ, sys.executable, __file__)
+    ours = _state(os.environ, sys.prefix, __file__)
     _import()
     while True:
         ready = select.select([listener, owner], [], [])[0]
@@ -119,13 +119,13 @@ def _import() -> None:
     gc.freeze()  # copies share what is never collected
 
 
-def _state(environment, executable: str, library: str) -> tuple:
+def _state(environment, python: str, library: str) -> tuple:
     """What must be as it was when this process imported everything: Python, the library and its code, variables."""
     from sae_lib import runs
 
     counts = {name: value for name, value in environment.items()
               if not name.startswith(OURS) and not name.endswith(THREADS) and name not in OTHERS}
-    return os.path.realpath(library), executable, runs.library_digest(), counts
+    return python, os.path.realpath(library), runs.library_digest(), counts
 
 
 def _receive(connection: socket.socket) -> tuple[dict, list[int]] | None:

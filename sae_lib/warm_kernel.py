@@ -106,7 +106,8 @@ class Provisioner(LocalProvisioner):
 
     async def launch_kernel(self, cmd, **given):
         """Have the copy be the kernel of this connection, if it is one of this Python."""
-        if cmd[:3] != [sys.executable, "-m", "ipykernel_launcher"]:
+        ours = os.path.dirname(cmd[0]) == os.path.dirname(sys.executable) and cmd[1:3] == ["-m", "ipykernel_launcher"]
+        if not ours:
             return await super().launch_kernel(cmd, **given)
         folder = str(given.get("cwd") or os.getcwd())
         waiting.begin(cmd[cmd.index("-f"):], folder, dict(given.get("env") or os.environ))

@@ -107,6 +107,7 @@ def interrupt(process, begun, how, warmed=None):
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.02)
     left = [child for one in (process, warmed) if one for child in psutil.Process(one.pid).children(recursive=True)]
+    assert warmed is None or psutil.Process(warmed.pid).children(), "papermill runs in a copy of the warm process"
     how(process)
     process.communicate(timeout=60)
     assert process.returncode != 0 and len(left) >= 3, "the shell, papermill and its kernel"

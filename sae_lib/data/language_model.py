@@ -22,6 +22,7 @@ import torch
 from sae_lib import params, runs
 from sae_lib.data import assets, tiny_model
 from sae_lib.params import ParameterError
+from sae_lib.precision import has_bfloat16
 
 HOOK = re.compile(r"blocks\.(\d+)\.(hook_resid_post|hook_resid_pre)")
 FASTER = 1.2
@@ -222,21 +223,22 @@ def pick_device(device: str) -> torch.device:
 
 
 def _faster_of_two(model: LanguageModel) -> LanguageModel:
-    """The model in float32 or bfloat16: some CPUs have matrix units for bfloat16, on others it is slower."""
+    """The model in float32 or bfloat16, on a CPU: whichever it reads a batch faster in."""
+    if not has_bfloat16("cpu"):
+        return model
     ids = torch.randint(0, model.hf.config.get_text_config().vocab_size, (8, 128),
                         generator=torch.Generator().manual_seed(0))
     float32 = _seconds(model, ids)
     model.hf.to(torch.bfloat16)
-    # Where a processor has no such numbers, they are many times slower: one row tells before eight are waited for.
-    if _seconds(model, ids[:1], repeats=1) < float32 and _seconds(model, ids) * FASTER < float32:
+    if _seconds(model, ids) * FASTER < float32:
         return model._replace(dtype=torch.bfloat16)
     # Rounding to bfloat16 lost bits: read the weights again.
     return load(model.name, hook=model.hook, dtype="float32", device=str(model.device), whole=model.whole)
 
 
-def _seconds(model: LanguageModel, ids: torch.Tensor, repeats: int = 3) -> float:
+def _seconds(model: LanguageModel, ids: torch.Tensor) -> float:
     times = []
-    for _ in range(repeats):
+    for _ in range(3):
         start = time.perf_counter()
         model.residual(ids)
         times.append(time.perf_counter() - start)

@@ -16,6 +16,7 @@ from scipy import sparse
 from sae_lib import params, runs
 from sae_lib.data import activations, language_model, words
 from sae_lib.evaluation.logit_effects import logit_effects
+from sae_lib.precision import has_bfloat16
 from sae_lib.sae.codes import CSR
 from sae_lib.training.coactivation.counting import codes_of
 from sae_lib.training.ingredients import load_sae
@@ -95,7 +96,8 @@ def _measure(run: runs.Run, source=None) -> Latents:
 def _model(p: params.Train):
     """The whole language model, or None and what is wrong."""
     try:
-        return language_model.load(p.model, hook=p.hook, dtype="bfloat16" if p.dtype == "auto" else p.dtype,
+        fast = "bfloat16" if has_bfloat16(language_model.pick_device(p.device).type) else "float32"
+        return language_model.load(p.model, hook=p.hook, dtype=fast if p.dtype == "auto" else p.dtype,
                                    device=p.device, whole=True), None
     except params.ParameterError as error:
         return None, error

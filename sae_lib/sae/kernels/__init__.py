@@ -6,6 +6,7 @@ A kernel has ``topk``, ``batch_topk``, ``above``, ``over``, ``relu`` (product an
 
 import torch
 
+from sae_lib.precision import has_bfloat16
 from sae_lib.sae.kernels.reference import Reference, reference
 from sae_lib.sae.kernels.sparse import DENSE_FROM, Sparse
 
@@ -13,17 +14,10 @@ __all__ = ["Reference", "Sparse", "pick", "precision_of", "reference"]
 
 
 def precision_of(asked: str, device: str) -> torch.dtype:
-    """The encoder product's precision: ``auto`` takes bfloat16 where the processor multiplies it, else float32.
-
-    A rule, not a timing: a run that goes on after an interruption must go on in the same bits.
-    """
+    """The encoder product's precision: ``auto`` takes bfloat16 where the processor multiplies it, else float32."""
     if asked != "auto":
         return getattr(torch, asked)
-    if device == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def pick(device: str, sparse: bool, precision: torch.dtype = torch.float32, density: float = 0.0):
