@@ -83,7 +83,14 @@ def expand(name: str) -> list[Member]:
 
 
 def check_ingredients(members) -> None:
-    """Check every run's architecture and ingredients too. Apart from ``expand`` because it must import torch."""
+    """Check every run's architecture and ingredients too. Apart from ``expand``, because it must import torch.
+
+    What this library has once found right is not checked again.
+    """
+    asked = {member.name: [member.variant, member.params] for member in members}
+    found_right = runs.cache() / "checked" / params.digest([asked, runs.library_digest()])
+    if found_right.exists():
+        return
     from sae_lib.sae import architectures
     from sae_lib.training.ingredients import configured
 
@@ -94,6 +101,8 @@ def check_ingredients(members) -> None:
             configured(p)
         except params.ParameterError as error:
             raise params.ParameterError(f"params/variants/{member.variant}.yaml: {error}") from None
+    found_right.parent.mkdir(parents=True, exist_ok=True)
+    found_right.touch()
 
 
 def baseline(name: str) -> str:
