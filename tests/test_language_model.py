@@ -1,5 +1,6 @@
 import importlib.util
 import sys
+import threading
 
 import pytest
 import torch
@@ -118,6 +119,36 @@ def test_a_folder_without_weights_is_one_clear_error(tmp_path):
 def test_transformers_loads_models_whatever_torchvision_does(tiny_model):
     assert type(tiny_model.hf).__name__ == "Gemma2ForCausalLM"
     assert importlib.util.find_spec("json") is not None and "transformers" in sys.modules
+
+
+def test_downloads_begin_side_by_side_and_who_needs_one_waits(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_WORKBOOK_CACHE", str(tmp_path))
+    both, asked = threading.Barrier(2, timeout=20), []
+
+    def download(name, asset, path):
+        asked.append(name)
+        if len(asked) <= 2:
+            both.wait()  # passes only when two are under way
+        if name == "wikipedia":
+            raise assets.AssetError("no connection")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(assets, "_download", download)
+    assets.begin(["news", "wikipedia", "a folder"])
+    assert assets.archive("news").exists()
+    with pytest.raises(assets.AssetError, match="no connection"):
+        assets.archive("wikipedia")
+    assert sorted(asked) == ["news", "wikipedia", "wikipedia"]
+
+
+def test_bfloat16_is_tried_only_where_the_processor_has_it(monkeypatch):
+    timed = []
+    monkeypatch.setattr(language_model, "_seconds", lambda model, _: timed.append(model.hf.dtype) or float(len(timed)))
+    for has, kinds in ((False, []), (True, [torch.float32, torch.bfloat16])):
+        timed.clear()
+        monkeypatch.setattr(language_model, "has_bfloat16", lambda device, has=has: has)
+        assert load("tiny", HOOK, dtype="auto").dtype == torch.float32
+        assert timed == kinds
 
 
 def test_a_download_that_is_not_the_pinned_file_is_refused(tmp_path, monkeypatch):

@@ -1,5 +1,9 @@
 """Parameters: every fault is one sentence that names file, key and what would be right."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -70,6 +74,20 @@ def test_every_study_expands_and_its_ingredients_check():
         members = studies.expand(file.stem)
         studies.check_ingredients(members)
         assert len({member.name for member in members}) == len(members)
+
+
+def test_what_was_found_right_is_not_checked_again_and_what_was_wrong_is(tmp_path):
+    code = "import sys; from sae_lib import studies; members = studies.expand('ci'); {change}" \
+           "studies.check_ingredients(members); print('torch' in sys.modules)"
+    environment = os.environ | {"SAE_WORKBOOK_CACHE": str(tmp_path)}
+    wrong = "members[0].params['ingredients'] = [{'name': 'nothing'}]; "
+
+    def checked(change=""):
+        return subprocess.run([sys.executable, "-c", code.format(change=change)], env=environment, capture_output=True,
+                              text=True)
+    assert [checked().stdout, checked().stdout] == ["True\n", "False\n"]
+    for _ in range(2):
+        assert "nothing" in checked(wrong).stderr.splitlines()[-1]
 
 
 @pytest.fixture
