@@ -1,7 +1,8 @@
 """A process that has imported what notebooks use, to be copied: each notebook of a batch then starts at once.
 
-Imports take about five seconds a notebook, a quickstart has eleven. Linux only: elsewhere, and where this process is
-gone, ``sae_lib.batch`` runs each notebook in a process of its own. A copy begins as a fresh process does: nothing but
+Imports take about five seconds a notebook, a quickstart has eleven. Linux only, and not beside a GPU, whose driver a
+copy could not use if an import had touched it: elsewhere, and where this process is gone, ``sae_lib.batch`` runs each
+notebook in a process of its own. A copy begins as a fresh process does: nothing but
 imports has happened, no thread runs, no seed is drawn, no device is touched. Libraries read some environment variables
 as they are imported, so whoever comes with others is declined.
 """
@@ -28,6 +29,9 @@ from sae_lib import presence
 
 ADDRESS = "SAE_WORKBOOK_WARM"
 """Environment variable with the socket at which the warm process listens."""
+
+GPUS = ("/dev/nvidiactl", "/dev/kfd")
+"""Files that are there where an NVIDIA or AMD driver is."""
 
 OURS = "SAE_WORKBOOK_"
 """How variables begin that the library reads when it needs them, not as it is imported."""
@@ -56,10 +60,10 @@ def start(environment=None, project: Path | None = None) -> subprocess.Popen | N
     """Start the warm process, in ``environment`` (by default this process' own), which then names it.
 
     It has the library of the folder ``project``, by default this one, and ends with this process or once its standard
-    input is closed. None where there is none to start: not on Linux, or one is there already.
+    input is closed. None where there is none to start: not on Linux, beside a GPU, or one is there already.
     """
     environment = os.environ if environment is None else environment
-    if sys.platform != "linux" or environment.get(ADDRESS):
+    if sys.platform != "linux" or environment.get(ADDRESS) or any(map(os.path.exists, GPUS)):
         return None
     folder = tempfile.mkdtemp(prefix="sae-workbook-")
     address = os.path.join(folder, "warm")
@@ -153,9 +157,10 @@ def _work(connection: socket.socket, request: dict, streams: list[int]) -> None:
         os.dup2(stream, number)
         os.close(stream)
     become(request["folder"], request["environment"])
-    from sae_lib import warm_kernel
+    if request["argv"][0] == "papermill":
+        from sae_lib import warm_kernel
 
-    warm_kernel.prepare(connection)
+        warm_kernel.prepare(connection)
     connection.sendall(b"%d" % os.getpid())
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     presence.end_with_engine()

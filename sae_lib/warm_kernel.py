@@ -6,7 +6,6 @@ jupyter_client, in place of a new process.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from papermill.engines import NBClientEngine, papermill_engines
 
 waiting = None
-"""The copy that is to be a kernel, in the process that prepared it."""
+"""The copy that is to be a kernel, in the process that prepared it, until it is one."""
 
 
 def prepare(connection) -> None:
@@ -75,10 +74,12 @@ class Copy:
     def poll(self) -> int | None:
         """Its exit status, None while it runs."""
         if self.returncode is None:
-            with contextlib.suppress(ChildProcessError):
+            try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
-                if pid:
-                    self.returncode = os.waitstatus_to_exitcode(status)
+            except ChildProcessError:  # it was waited for elsewhere
+                pid, status = self.pid, 1 << 8
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -106,12 +107,14 @@ class Provisioner(LocalProvisioner):
 
     async def launch_kernel(self, cmd, **given):
         """Have the copy be the kernel of this connection, if it is one of this Python."""
+        global waiting
         ours = os.path.dirname(cmd[0]) == os.path.dirname(sys.executable) and cmd[1:3] == ["-m", "ipykernel_launcher"]
-        if not ours:
+        if waiting is None or not ours:
             return await super().launch_kernel(cmd, **given)
         folder = str(given.get("cwd") or os.getcwd())
         waiting.begin(cmd[cmd.index("-f"):], folder, dict(given.get("env") or os.environ))
         self.process, self.pid, self.pgid, self.cwd = waiting, waiting.pid, waiting.pid, folder
+        waiting = None
         return self.connection_info
 
 
