@@ -235,7 +235,7 @@ def test_a_damaged_sae_names_its_file(damage, says, sae):
 
 @pytest.mark.parametrize("name, text, says", [
     ("params.yaml", "k: [\n", "params.yaml: not valid YAML"),
-    ("params.yaml", "- k\n", "params.yaml: a mapping of names"),
+    ("params.yaml", "- k\n", "params.yaml: expected a mapping of names"),
     ("params.yaml", "1: 2\n", "params.yaml: 1: names are words"),
     ("params.yaml", "when: 2001-99-99\n", "params.yaml: not valid YAML"),
     ("training.json", '{"steps": 1', "training.json: damaged JSON"),
