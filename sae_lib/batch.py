@@ -62,6 +62,8 @@ def _ask(connection: socket.socket) -> int | None:
 def _follow(copy: int, connection: socket.socket) -> int:
     """Wait for a copy: its exit status, 1 if it was killed."""
     for number in PASSED_ON:
+        if signal.getsignal(number) == signal.SIG_IGN:  # as for what a shell has put into the background
+            continue
         signal.signal(number, lambda received, _: _pass_on(copy, received))
     answer = connection.recv(16)
     return int(answer) if answer else 1

@@ -257,14 +257,15 @@ def test_compare_and_the_way_into_a_run(lab, study, compared):
     lab.plot("Training curves")
     lab.page.get_by_role("tab", name="feature splits").click()
     tables = [runs.Run(name).path / "evals/absorption_letters.parquet" for name in study[1]]
-    judged = [frame.letter[frame.kept] for frame in map(pd.read_parquet, filter(Path.exists, tables))]
+    frames = [pd.read_parquet(table) for table in tables if table.exists()]
+    judged = set.intersection(*(set(frame.letter[frame.kept]) for frame in frames)) if frames else set()
     if judged:
         lab.state("Full absorption by letter")
         lab.choose("letters", "absorption fraction")
         cells = lab.state("Absorption fraction by letter")["data"][0]
         assert cells["rows"] >= 1 and cells["width"] >= 20
         lab.choose("letters", "split latents")
-        letter = min(set.intersection(*map(set, judged)))
+        letter = min(judged)
         column = lab.state("Split latents by letter")["data"][0]["x"].index(letter)
         lab.click_point("Split latents by letter", 0, column)
         lab.plot(f"Letter {letter.upper()}")
@@ -282,7 +283,7 @@ def test_curves_grow_while_02_trains(lab, study, tmp_path_factory):
 
     home = tmp_path_factory.mktemp("live")
     given = params.load_yaml(runs.project() / "params/models/tiny.yaml") | {
-        "run": "live/topk-s1", "mode": "live", "d_sae": 256, "k": 8, "samples": 3_000_000, "batch_size": 256,
+        "run": "live/topk-s1", "mode": "live", "d_sae": 256, "k": 8, "samples": 8_000_000, "batch_size": 256,
         "lr": 2e-3, "warmup_steps": 10, "threads": 1, "checkpoint_every": 0}
     cells = [f"import os; os.environ['SAE_WORKBOOK_HOME'] = {str(home)!r}\n"
              "from sae_lib.views.dashboards import curves\ncurves.BUDGET, curves.EVERY = 0.5, 0.5\ndel curves"]

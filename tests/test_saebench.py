@@ -177,7 +177,7 @@ def test_every_block_begins_with_bos_and_none_comes_twice(tiny_model, texts):
 def test_text_that_runs_out_is_said_not_repeated(core, texts):
     report = core(Identity(), texts=texts[:4], preset="paper")
     config = report["config"]
-    assert "wanted for 'paper'" in config["note"]
+    assert "expected 35200 for 'paper'" in config["note"]
     assert config["blocks"] == (config["reconstruction"] + config["sparsity"]) * config["rows"] < 35_200
     ours = report["raw"]["eval_config"]
     assert ours["n_eval_reconstruction_batches"] == config["reconstruction"]

@@ -25,7 +25,12 @@ print(json.dumps({"imported": imported, "arguments": sys.argv[1:], "folder": os.
 print("beside", file=sys.stderr)
 sys.exit(int(sys.argv[1]))
 """
-LASTS = "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)"
+LASTS = """
+import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+pathlib.Path('begun').touch()
+time.sleep(60)
+"""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or any(map(os.path.exists, warm.GPUS)),
                                 reason="processes are copied on Linux only, and not beside a GPU")
@@ -94,8 +99,10 @@ def test_a_fault_in_a_copy_is_told_where_it_was_asked_for(place):
 def test_a_copy_ends_with_the_one_that_asked_for_it(place, how):
     folder, environment, process = place
     (folder / "begun").unlink(missing_ok=True)
+    # What a shell has put into the background ignores Ctrl-C: here it shall be heard.
     asking = subprocess.Popen([sys.executable, "-m", "sae_lib.batch", "lasts"], cwd=folder, env=environment,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     until(lambda: (folder / "begun").exists())
     copies = psutil.Process(process.pid).children(recursive=True)
     assert copies

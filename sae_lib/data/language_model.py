@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import re
 import sys
@@ -226,8 +225,8 @@ def _faster_of_two(model: LanguageModel) -> LanguageModel:
     """The model in float32 or bfloat16, on a CPU: whichever it reads a batch faster in."""
     if not has_bfloat16("cpu"):
         return model
-    ids = torch.randint(0, model.hf.config.get_text_config().vocab_size, (8, 128),
-                        generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.hf.config.get_text_config().vocab_size, (8, 128), generator=draw)
     float32 = _seconds(model, ids)
     model.hf.to(torch.bfloat16)
     if _seconds(model, ids) * FASTER < float32:
@@ -239,9 +238,9 @@ def _faster_of_two(model: LanguageModel) -> LanguageModel:
 def _seconds(model: LanguageModel, ids: torch.Tensor) -> float:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        began = time.perf_counter()
         model.residual(ids)
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - began)
     return min(times)
 
 
