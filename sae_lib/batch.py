@@ -14,6 +14,7 @@ import runpy
 import signal
 import socket
 import sys
+from typing import BinaryIO
 
 from sae_lib import warm
 
@@ -26,12 +27,13 @@ def main() -> int:
         print("expected the name of a module, as in python -m sae_lib.batch papermill", file=sys.stderr)
         return 2
     connection = _connect(os.environ.get(warm.ADDRESS, ""))
-    copy = _ask(connection) if connection else None
+    answers = connection.makefile("rb") if connection else None
+    copy = _ask(connection, answers) if connection else None
     if copy is None:
         del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         return 0
-    return _follow(copy, connection)
+    return _follow(copy, answers)
 
 
 def _connect(address: str) -> socket.socket | None:
@@ -47,25 +49,25 @@ def _connect(address: str) -> socket.socket | None:
     return connection
 
 
-def _ask(connection: socket.socket) -> int | None:
+def _ask(connection: socket.socket, answers: BinaryIO) -> int | None:
     """The process id of a copy that now runs the module; None where the warm process declines or ends."""
     request = json.dumps({"argv": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ),
                           "code": [sys.prefix, warm.__file__]}).encode()
     with contextlib.suppress(OSError):
-        socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
-        connection.sendall(request)
-        answer = connection.recv(16)
-        return int(answer) if answer.strip().isdigit() else None
+        socket.send_fds(connection, [b"3"], [0, 1, 2])
+        connection.sendall(request + b"\n")
+        answer = answers.readline().strip()
+        return int(answer) if answer.isdigit() else None
     return None
 
 
-def _follow(copy: int, connection: socket.socket) -> int:
+def _follow(copy: int, answers: BinaryIO) -> int:
     """Wait for a copy: its exit status, 1 if it was killed."""
     for number in PASSED_ON:
         if signal.getsignal(number) == signal.SIG_IGN:  # as for what a shell has put into the background
             continue
         signal.signal(number, lambda received, _: _pass_on(copy, received))
-    answer = connection.recv(16)
+    answer = answers.readline()
     return int(answer) if answer else 1
 
 

@@ -2,9 +2,9 @@
 
 Imports take about five seconds a notebook, a quickstart has eleven. Linux only, and not beside a GPU, whose driver a
 copy could not use if an import had touched it: elsewhere, and where this process is gone, ``sae_lib.batch`` runs each
-notebook in a process of its own. A copy begins as a fresh process does: nothing but
-imports has happened, no thread runs, no seed is drawn, no device is touched. Libraries read some environment variables
-as they are imported, so whoever comes with others is declined.
+notebook in a process of its own. A copy begins as a fresh process does: nothing but imports has happened, no thread
+runs, no seed is drawn, no device is touched. Libraries read some environment variables as they are imported, so whoever
+comes with others is declined.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def serve(listener: socket.socket, owner: int) -> None:
                 os.close(stream)
             if not fits:
                 with contextlib.suppress(OSError):
-                    connection.sendall(b"no")
+                    connection.sendall(b"no\n")
 
 
 def _import() -> None:
@@ -136,15 +136,9 @@ def _receive(connection: socket.socket) -> tuple[dict, list[int]] | None:
     """A request and the standard streams of who asks; None if it went away meanwhile."""
     streams: list[int] = []
     with contextlib.suppress(OSError):
-        size, streams, _, _ = socket.recv_fds(connection, 8, 3)
-        text = b""
-        while len(size) == 8 and len(text) < int.from_bytes(size, "big"):
-            part = connection.recv(1 << 16)
-            if not part:
-                break
-            text += part
-        with contextlib.suppress(ValueError):
-            return json.loads(text), streams
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        with connection.makefile("rb") as said, contextlib.suppress(ValueError):
+            return json.loads(said.readline()), streams
     for stream in streams:
         os.close(stream)
     return None
@@ -161,7 +155,7 @@ def _work(connection: socket.socket, request: dict, streams: list[int]) -> None:
         from sae_lib import warm_kernel
 
         warm_kernel.prepare(connection)
-    connection.sendall(b"%d" % os.getpid())
+    connection.sendall(b"%d\n" % os.getpid())
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     presence.end_with_engine()
     sys.argv = request["argv"]
@@ -183,7 +177,7 @@ def _work(connection: socket.socket, request: dict, streams: list[int]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         with contextlib.suppress(OSError):
-            connection.sendall(b"%d" % status)
+            connection.sendall(b"%d\n" % status)
         os._exit(status)  # without taking down, one by one, everything that was imported
 
 
