@@ -210,7 +210,10 @@ class _Counting:
         own = 0.0
         for p, training in asked:
             words = _words(p, training)
-            one = self.model(training, words * READ_AGAIN * PROMPT) + PROBES * words / WORDS / self.pace(training)
+            read = words * READ_AGAIN
+            # Ten examples for each word, or for one word of each letter; the word itself.
+            examples = read if p.absorption_preset == "paper" else read / LETTERS
+            one = self.model(training, examples * (PROMPT - 1) + read) + PROBES * words / WORDS / self.pace(training)
             own += sum(self.once(False, ("words", training.model, training.hook, training.dtype, words, seed), one)
                        for seed in p.absorption_seeds)
         return [Job("words", study, LOAD, own, 0.0, 0.0)]

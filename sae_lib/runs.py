@@ -1,6 +1,6 @@
 """A run's folder: its name, atomic writing, provenance.
 
-Files are written under a temporary name and renamed: a file that is there is whole.
+Files are written under a temporary name and renamed: a file that exists is whole.
 """
 
 from __future__ import annotations

@@ -214,6 +214,16 @@ def test_matrices_are_sent_as_rows_of_bytes():
         figure.data[0].z = values.T
 
 
+def test_figures_of_a_page_share_one_copy_of_plotly():
+    one, two = (figure_widget.FigureWidget(go.Figure()) for _ in range(2))
+    states = [figure.get_state() for figure in (one, two)]
+    assert states[0]["_plotly"] == states[1]["_plotly"] == f"IPY_MODEL_{one._plotly.model_id}"
+    assert len(one._plotly.value) > 3_000_000 and sum(map(len, map(str, states))) < 50_000
+    one._plotly.close()
+    three = figure_widget.FigureWidget(go.Figure())
+    assert three._plotly is not one._plotly and three._plotly.value == one._plotly.value
+
+
 def test_without_a_browser_a_page_holds_plotly_once(study, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "browser", lambda: None)
     monkeypatch.setattr(show, "_page", show._Page())

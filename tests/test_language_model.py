@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from sae_lib.data import assets, language_model, words
+from sae_lib.data import assets, capture, language_model, words
 from sae_lib.data import tiny_model as making
 from sae_lib.params import ParameterError
 
@@ -41,6 +41,20 @@ def test_the_cut_model_gives_the_whole_models_hidden_states(tiny_model):
     last = load("tiny", "blocks.1.hook_resid_post")
     assert torch.allclose(tiny_model.hf.model.norm(last.residual(tokens)), states[2], atol=1e-5)
     assert len(load("tiny", HOOK).hf.model.layers) == 1
+    assert_read_once(last, tokens)
+
+
+def assert_read_once(model, tokens):
+    """Rows that share all but their last token give there what they give when each is read whole."""
+    rows = torch.cat([tokens.repeat_interleave(5, 0), torch.arange(100, 100 + 5 * len(tokens))[:, None]], dim=1)
+    rows, read = rows[torch.randperm(len(rows))], []
+    forward = model.hf.base_model.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.hf.base_model, "forward", lambda **given: read.append(given["input_ids"].numel()) or
+                      forward(**given))
+        found = capture.last_residuals(model, rows)
+    assert sum(read) == tokens.numel() + len(rows)
+    assert torch.allclose(found, model.residual(rows)[:, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPTNeoX", "GPT2"])
@@ -50,6 +64,7 @@ def test_other_architectures_are_read_at_the_same_place(kind, tmp_path):
     states = whole.hf(tokens, output_hidden_states=True).hidden_states
     for model in (whole, load(folder, "blocks.1.hook_resid_post")):
         assert torch.allclose(model.residual(tokens), states[2], atol=1e-6)
+        assert_read_once(model, tokens)
         assert (model.d_model, model.n_layers) == (32, 3)
 
 

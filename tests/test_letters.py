@@ -138,13 +138,13 @@ def test_seeds_are_applied_and_leave_no_trace(first):
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     again = measure("first")
     assert again.report["metrics"] == first.report["metrics"]
-    both = measure("first", absorption_seeds=[42, 43])
-    one, two = (both.report["seeds"][seed]["metrics"] for seed in (42, 43))
+    both = measure("first", absorption_seeds=[42, 45])
+    one, two = (both.report["seeds"][seed]["metrics"] for seed in (42, 45))
     assert one == first.report["metrics"] != two
     for name, value in both.report["metrics"].items():
         assert value == pytest.approx((one[name] + two[name]) / 2)
-    assert len(both.letters) == 52 and set(both.words.seed) == {42, 43}
-    tests = [set(both.words.word[both.words.seed == seed]) for seed in (42, 43)]
+    assert len(both.letters) == 52 and set(both.words.seed) == {42, 45}
+    tests = [set(both.words.word[both.words.seed == seed]) for seed in (42, 45)]
     assert tests[0] != tests[1]
     assert states[0] == random.getstate() and (states[1] == np.random.get_state()[1]).all()
     assert torch.equal(states[2], torch.get_rng_state())
@@ -227,13 +227,29 @@ def test_activations_and_probes_are_what_saebench_makes_of_the_whole_model(mater
 
     chosen, ours = material
     model = to_hooked(tiny_model._replace(hook="blocks.1.hook_resid_post"))
-    with adapter.seeded(42), adapter.in_place(common, get_alpha_tokens=lambda _tokenizer: chosen.tokens):
+    with (adapter.seeded(42), letter_words.examples_of("smoke", 42),
+          adapter.in_place(common, get_alpha_tokens=lambda _tokenizer: chosen.tokens)):
         common.train_and_save_probes(model, [1], letter_words.TEMPLATE, letter_words.POSITION, tmp_path, device="cpu")
     theirs = np.load(next(tmp_path.rglob("data.npz")))
     assert torch.allclose(ours.x[:ours.train], torch.from_numpy(theirs["X_train"]), atol=1e-3)
     assert ours.labels[ours.train:] == theirs["y_test"].tolist()
     probe = common.load_probe(model.cfg.model_name, 1, tmp_path, device="cpu").weights
     assert torch.nn.functional.cosine_similarity(ours.weight, probe.detach()).min() > 0.999
+
+
+def test_one_word_of_each_letter_shares_its_examples_and_a_letters_words_never_do(material):
+    chosen, _ = material
+    for preset, most in (("smoke", 26), ("paper", 1)):
+        with adapter.seeded(3):
+            _, _, train, test = letter_words._splits(chosen, preset, 3)
+        for split in (train, test):
+            examples = [prompt.base.rpartition("\n")[0] for prompt, _ in split]
+            counts = pd.DataFrame({"examples": examples, "label": [label for _, label in split]})
+            assert not counts.duplicated().any()
+            assert (len(split) / counts.examples.nunique() > 8) == (most > 1)
+            assert counts.examples.value_counts().max() <= most
+            assert not any(f"\n{prompt.word} has" in prompt.base.rpartition("\n")[0] for prompt, _ in split)
+        assert not {prompt.word for prompt, _ in train} & {prompt.word for prompt, _ in test}
 
 
 def test_a_damaged_cache_is_computed_again(first):

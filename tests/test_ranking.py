@@ -80,7 +80,7 @@ def test_the_page_says_it_in_words_and_one_figure():
     shown = figures_ranking.named(comparison)
     page = figures_ranking.table(shown)
     assert page.variant.tolist() == ["far", "near", "topk", "low"]
-    assert page["what may be said"][1] == "not distinguishable from topk"
+    assert page["claim"][1] == "not distinguishable from topk"
     assert page["mean over seeds"][0].startswith("0.9037 [0.8") and page.metric[0].endswith("(higher is better)")
     fig = figures_ranking.ranking_by_metric(shown, "note")
     texts = [note.text for note in fig.layout.annotations]
@@ -89,4 +89,4 @@ def test_the_page_says_it_in_words_and_one_figure():
     empty = figures_ranking.ranking_by_metric(figures_ranking.named(SimpleNamespace(table=runs, ranking=none)))
     assert "no claim possible" in empty.layout.annotations[0].text
     assert "no claim possible" in figures_ranking.table(figures_ranking.named(
-        SimpleNamespace(table=runs, ranking=none)))["what may be said"][0]
+        SimpleNamespace(table=runs, ranking=none)))["claim"][0]

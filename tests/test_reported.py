@@ -10,7 +10,7 @@ from sae_lib.evaluation import reported
 from sae_lib.evaluation.reported import records, rules
 from sae_lib.metrics import METRICS
 from sae_lib.views import figures_reported, show
-from sae_lib.views.template import GREY, GREY_INK, as_html
+from sae_lib.views.template import FAINT, GREY, as_html
 
 SIZES = {"progressive-orthogonality": 7, "temporal-coactivation": 3, "hybrid-contrastive": 11,
          "bounded-compression": 10}
@@ -216,7 +216,7 @@ def test_the_tables_grey_what_is_no_result_and_say_directions(studies, monkeypat
             grey = [one.status != "reported" for one in part.records]
             assert list(table.grey.all(axis=1)) == grey and table.frame.shape == table.grey.shape
             text = as_html(table.frame, table.grey)
-            assert text.count(GREY_INK) == table.grey.to_numpy().sum()
+            assert text.count(FAINT) == table.grey.to_numpy().sum()
             assert not any(METRICS[name].of_model for name in METRICS if METRICS[name].called in table.frame)
             assert all(one.wrong in said or one.wrong == "" for one, said in zip(part.records,
                                                                                  table.frame["what is wrong"]))

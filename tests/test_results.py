@@ -1,4 +1,4 @@
-"""The results table and what may be said of differences."""
+"""The results table and the claims about differences."""
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from sae_lib import runs
 from sae_lib.evaluation import compare, contrasts, results
 from sae_lib.metrics import METRICS
 from sae_lib.params import ParameterError, check
-from sae_lib.views import figures_absorption, figures_compare
+from sae_lib.views import figures_absorption, figures_compare, show
 
 
 def fake_run(name, seed=1, status="valid", reasons=(), **measured):
@@ -337,3 +337,15 @@ def test_a_frontier_runs_along_any_parameter(home):
     assert along("x.weight").tolist() == [0.1, 0.2]
     with pytest.raises(ParameterError, match="no run has a number for 'd_sea'; did you mean 'd_sae'"):
         along("d_sea")
+
+
+def test_a_claim_that_all_rows_share_is_said_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(show, "display", lambda what: said.append(what.data))
+    rows = pd.DataFrame({"metric": ["ev", "ce"], "low": np.nan, "claim": "no claim possible: 1 paired seed"})
+    show.claims(rows)
+    assert said[0] == "Of every row: **no claim possible: 1 paired seed**."
+    assert "no claim" not in said[1] and "<th>low</th>" not in said[1] and "<td>ce</td>" in said[1]
+    said.clear()
+    show.claims(rows.assign(claim=["higher: better", "no difference shown"]))
+    assert len(said) == 1 and "higher: better" in said[0] and "<th>low</th>" in said[0]

@@ -173,7 +173,7 @@ def _extract(p: Extract, target: Path) -> None:
 
 
 def _taken_up(p: Extract, target: Path) -> bool:
-    """Give a finished store its manifest back, where all else is there and is what was written.
+    """Give a finished store its manifest back, where all else exists and is what was written.
 
     Snakemake removes its outputs, the manifest among them, before it runs an interrupted job again.
     """
@@ -242,7 +242,7 @@ def _prepare(p: Extract, model: LanguageModel, partial: Path) -> dict[str, Any]:
 
 
 def _finished(file: Path) -> dict[str, Any] | None:
-    """The record of a shard that is there and is what was written, else None."""
+    """The record of a shard that exists and is what was written, else None."""
     note = file.with_suffix(".json")
     with contextlib.suppress(runs.RunError, OSError, KeyError, TypeError):
         record = runs.read_json(note)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sae_lib.data.language_model import LanguageModel
+from sae_lib.data.language_model import LanguageModel, import_transformers
 from sae_lib.data.store import Batch
 from sae_lib.params import ParameterError
 
@@ -42,6 +42,21 @@ def blocks_per_batch(model: LanguageModel, context: int) -> int:
     bfloat16 and float32: 1,024 tokens 4,750 and 2,630; 4,096 tokens 4,310 and 2,350.
     """
     return max((32_768 if model.device.type == "cuda" else 1024) // context, 1)
+
+
+@torch.no_grad()
+def last_residuals(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Residual stream (B, D) at the last token of each row of ids (B, T).
+
+    What rows have in common before it is read once: rows that differ in their last token alone cost a token each.
+    """
+    before, owner = tokens[:, :-1].unique(dim=0, return_inverse=True)
+    if 2 * len(before) > len(tokens):  # little in common
+        return model.residual(tokens)[:, -1]
+    cache = import_transformers().DynamicCache()
+    model.residual(before, cache)
+    cache.batch_select_indices(owner.to(model.device))
+    return model.residual(tokens[:, -1:], cache)[:, -1]
 
 
 def is_text(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:

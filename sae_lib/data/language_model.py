@@ -62,17 +62,21 @@ class LanguageModel(NamedTuple):
     whole: bool
 
     @torch.no_grad()
-    def residual(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Residual stream (B, T, D) at the hook for token ids (B, T), in the model's dtype."""
+    def residual(self, tokens: torch.Tensor, cache=None) -> torch.Tensor:
+        """Residual stream (B, T, D) at the hook for token ids (B, T), in the model's dtype.
+
+        ``cache``, one of transformers' caches, holds what stands before the tokens, and these too afterwards.
+        """
         base, seen = self.hf.base_model, []
+        given = {"input_ids": tokens.to(self.device), "past_key_values": cache, "use_cache": cache is not None}
         if not self.whole:
-            return base(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
+            return base(**given).last_hidden_state
         layers, norm = _layers(base)[1], final_norm(base)
         follower = [*layers, norm][_depth(self.hook)]
         handle = follower.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
         try:
-            base(input_ids=tokens.to(self.device), use_cache=False)
+            base(**given)
         finally:
             handle.remove()
         return seen[0]
@@ -119,8 +123,6 @@ def import_transformers():
     return transformers
 
 
-# -- where a model comes from ------------------------------------------------------------------------------------
-
 def describe(model: str) -> ModelInfo:
     """A model's identity and sizes, from its config alone. Raises ParameterError when it is not to be found."""
     if model == "tiny":
@@ -165,8 +167,6 @@ def folder_of(model: str) -> Path | None:
             make(temporary, transformers)
     return folder
 
-
-# -- loading -----------------------------------------------------------------------------------------------------
 
 def load(model: str, *, hook: str, dtype: str = "auto", device: str = "auto", whole: bool = False) -> LanguageModel:
     """Load a model and its tokenizer to read it at ``hook``.

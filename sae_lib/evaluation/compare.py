@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tabulate import tabulate
 
 from sae_lib import params, runs, studies
 from sae_lib.evaluation import distributions, null_table, ranking, results
@@ -199,9 +200,10 @@ def _over_training(name: str) -> tuple[dict[str, Any], ...]:
 
 def _export(folder: Path, name: str, frame: pd.DataFrame) -> None:
     """The same table as CSV, parquet, LaTeX and Markdown; CSV last, since a batch waits for it."""
-    filled = frame.astype(object).where(frame.notna(), "")
-    texts = {"tex": frame.to_latex(index=False, escape=True, float_format="%.4g", na_rep="--"),
-             "md": filled.to_markdown(index=False, floatfmt=".4g") + "\n"}
+    # pandas' own LaTeX imports matplotlib, for a second's colours that are not asked for.
+    texts = {ending: tabulate(frame.astype(object).where(frame.notna(), gap), headers="keys", tablefmt=kind,
+                              floatfmt=".4g", showindex=False) + "\n"
+             for ending, kind, gap in (("tex", "latex_booktabs", "--"), ("md", "pipe", ""))}
     with runs.whole(folder / f"{name}.parquet") as temporary:
         frame.to_parquet(temporary, index=False)
     for ending, text in texts.items():

@@ -69,7 +69,7 @@ def marked(report: dict[str, Any], letters: pd.DataFrame, words: pd.DataFrame, v
     for frame, columns in ((letters, FIGURES), (words, ("full_absorption", "absorbing_latent",
                                                         "absorption_fraction"))):
         frame = frame.assign(status=verdict.status, not_a_result=frame.seed.map(no_result).fillna(""))
-        frame["full_absorption"] = frame.full_absorption.astype("boolean" if columns is not FIGURES else "Float64")
+        frame["full_absorption"] = frame.full_absorption.astype("boolean" if columns is not FIGURES else float)
         for column in columns:
             frame[column] = frame[column].mask(frame.not_a_result != "")
         out.append(frame)

@@ -146,6 +146,7 @@ def _measure(p: params.Letters, run: runs.Run, asked: params.Train) -> Letters:
     config = {"preset": p.absorption_preset, "model": model, "model_identity": info.identity, "hook": site,
               "d_in": sae.d_in, "d_sae": sae.d_sae, "seeds": p.absorption_seeds, "words": len(words.tokens),
               "words_per_letter": side.words_per_letter,
+              "examples": "of each word" if p.absorption_preset == "paper" else "shared by one word of each letter",
               "words_outside_training_prompts": side.held_out, "words_sha256": digest(words.tokens, 16),
               "sparse_probe_batch": sparse_batch(materials[p.absorption_seeds[0]].train, words.vocabulary,
                                                  p.absorption_preset),

@@ -87,7 +87,7 @@ def ground(source) -> Ground:
 
 
 def ground_of(content_hash: str, asked: params.Train) -> Ground:
-    """The ground of the store that a run was trained on, from the workbook's cache where it is there.
+    """The ground of the store that a run was trained on, from the workbook's cache where it has it.
 
     ``content_hash`` is the store's. Raises ParameterError or RunError where the store must be read and cannot be.
     """

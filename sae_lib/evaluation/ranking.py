@@ -61,7 +61,7 @@ def _group(metric: str, own: str, held: pd.DataFrame, level: float):
 
 
 def _ranked(rows: list[dict[str, Any]], apart: set[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Add to each row its rank, who is alike, and what may be said; ``apart``: pairs shown to differ, better first."""
+    """Add to each row its rank, who is alike, and the claim; ``apart``: pairs shown to differ, better first."""
     names = [row["variant"] for row in rows if row["seeds"] >= FEWEST]
     for row in rows:
         own = row["variant"]

@@ -1,4 +1,4 @@
-"""Runs into one table: verdicts first, then figures, then what may be said of the differences.
+"""Runs into one table: verdicts first, then figures, then what the differences support.
 
 A run that is missing, failed or damaged is one row with its reason, never the end of the table. Figures of runs that
 are not valid are kept apart (``results`` masks them), so that no mean, ranking or plot can take them up.
@@ -208,7 +208,7 @@ def baselines(table: pd.DataFrame, baseline: str | None) -> pd.Series:
 
 
 def differences(table: pd.DataFrame, baseline: str | None, metrics=FIGURES, level: float = 0.95) -> pd.DataFrame:
-    """Each variant beside the baseline, over the seeds that they share: difference, interval, and what may be said.
+    """Each variant beside the baseline, over the seeds that they share: difference, interval, claim.
 
     Both come from one fit of variant + seed over all runs that share a baseline (``contrasts.fit``): with one variant,
     the paired t interval. Holm's correction is within a metric. Fewer than three pairs: no claim. A difference is

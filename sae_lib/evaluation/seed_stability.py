@@ -147,7 +147,7 @@ def _decoders(names: list[str]) -> tuple[list[Tensor], list[str]]:
 
 
 def _fires(run: runs.Run, n_latents: int) -> Tensor | None:
-    """(F,) which latents fire on held-out tokens, by what 02 kept or else 03 measured; None where neither is there."""
+    """(F,) which latents fire on held-out tokens, by what 02 kept or else 03 measured; None without either."""
     file = run.path / "latents/latents.parquet"
     if file.exists():
         counts = runs.read_table(file, ["latent", "firings"]).sort_values("latent").firings.to_numpy()

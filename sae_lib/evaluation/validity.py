@@ -197,7 +197,7 @@ def _of_another_sae(run: runs.Run) -> list[str]:
 
 
 def null_baselines(run: runs.Run) -> dict[str, dict[str, Any]]:
-    """What 03 and 04 wrote of null baselines into a run's evals/, by null and evaluation, as far as it is there."""
+    """What 03 and 04 wrote of null baselines into a run's evals/, by null and evaluation, as far as written."""
     found: dict[str, dict[str, Any]] = {}
     for name in ("nulls", "absorption_nulls"):
         for null, entries in run.json(f"evals/{name}.json", {}).items():

@@ -51,8 +51,8 @@ def letters_by_run(letters: pd.DataFrame, table: pd.DataFrame, caption: str = ""
                    column: str = "full_absorption") -> go.Figure:
     """A figure of each letter (columns) in each run (rows), mean over seeds; a gap: the letter was dropped."""
     names, metric = labels(table), METRICS[MAPS[column]]
-    means = letters.assign(shown=pd.to_numeric(letters[column], errors="coerce")).pivot_table(
-        index="run", columns="letter", values="shown", aggfunc="mean")
+    shown = pd.to_numeric(letters[column], errors="coerce").astype(float)  # a gap is NaN: pandas' NA cannot be sent
+    means = letters.assign(shown=shown).pivot_table(index="run", columns="letter", values="shown", aggfunc="mean")
     # Bottom row first: with a categoryarray that turns them, plotly.js writes the numbers on other rows' colours.
     means = means.reindex([run for run in table.run if run in means.index][::-1])
     text = "%{z:.1f}" if column == "splits" else "%{z:.2f}"

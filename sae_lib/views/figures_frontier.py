@@ -44,7 +44,7 @@ def frontier(comparison, caption: str = "") -> go.Figure:
     wide = len(table) and table.x.min() > 0 and table.x.max() > 8 * table.x.min()
     fig.update_xaxes(title=label + (", log" if wide else ""), type="log" if wide else "linear")
     for place, name in enumerate(panels):
-        # As wide as elsewhere in 05: noise must not fill a panel because it alone is there.
+        # As wide as elsewhere in 05: a panel of noise alone must not be filled by it.
         fig.update_yaxes(title={"text": METRICS[name].axis, "standoff": 8}, automargin=True, range=span(table[name]),
                          row=place // 2 + 1, col=place % 2 + 1)
     if left_out:

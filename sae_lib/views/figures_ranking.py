@@ -38,7 +38,7 @@ def table(shown: pd.DataFrame) -> pd.DataFrame:
     means = [value_within(*row) for row in zip(shown["mean"], shown.low, shown.high)]
     return pd.DataFrame({"metric": [METRICS[name].called for name in shown.metric], "place": shown["rank"],
                          "variant": shown.variant, "seeds": shown.seeds, "mean over seeds": means,
-                         "what may be said": shown.claim})
+                         "claim": shown.claim})
 
 
 def ranking_by_metric(shown: pd.DataFrame, caption: str = "") -> go.Figure:

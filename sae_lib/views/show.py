@@ -116,6 +116,14 @@ def table(frame: pd.DataFrame, grey: pd.DataFrame | None = None) -> None:
     return display(HTML(f"<div style='overflow-x:auto'>{as_html(frame, grey)}</div>"))
 
 
+def claims(frame: pd.DataFrame) -> None:
+    """Display a table with a column ``claim``; a claim that all rows share is said once, above it."""
+    if len(frame) > 1 and frame.claim.nunique() == 1:
+        markdown(f"Of every row: **{frame.claim.iloc[0]}**.")
+        frame = frame.drop(columns="claim").replace("", None).dropna(axis="columns", how="all")
+    table(frame)
+
+
 def tables(parts) -> None:
     """Display each part's sentence, and its table below, cells that are no results in grey."""
     for part in parts:

@@ -18,6 +18,8 @@ GREY = "#9A9A9A"
 """What is not a result."""
 GREY_INK = "#777777"
 """The same for text, which must be read."""
+FAINT = "opacity: 0.7"
+"""Style of a table's cells that are no results: readable on a light and on a dark page."""
 
 
 pio.templates["workbook"] = go.layout.Template(layout={
@@ -81,7 +83,7 @@ def between(low: float, high: float) -> str:
 def smaller(cell: str) -> str:
     """A cell's text in HTML, an interval at its end small, below a value."""
     return re.sub(r"(^| )\[([^][]+ to [^][]+)\]$", lambda found: "<br>" * bool(found[1]) +
-                  f"<span style='font-size:11px;color:#555555;white-space:nowrap'>{found[2]}</span>", cell)
+                  f"<span style='font-size:11px;opacity:0.75;white-space:nowrap'>{found[2]}</span>", cell)
 
 
 def as_html(frame: pd.DataFrame, grey: pd.DataFrame | None = None) -> str:
@@ -95,7 +97,7 @@ def as_html(frame: pd.DataFrame, grey: pd.DataFrame | None = None) -> str:
 
     def styled(cell: re.Match) -> str:
         # A browser makes a column of sentences as narrow as its longest word.
-        said = [f"color: {GREY_INK}"] * next(inks) + ["min-width: 20em"] * (len(cell[1]) > 60)
+        said = [FAINT] * next(inks) + ["min-width: 20em"] * (len(cell[1]) > 60)
         head = f'<td style="{"; ".join(said)}">' if said else "<td>"
         return f"{head}{smaller(cell[1])}</td>"
     text = re.sub("<td>(.*?)</td>", styled, text, flags=re.DOTALL)

@@ -21,7 +21,14 @@ import torch
 from sae_lib import runs
 from sae_lib.evaluation.saebench import checking
 from sae_lib.evaluation.saebench.adapter import import_sae_bench, in_place, quiet, seeded, wrap
-from sae_lib.evaluation.saebench.letter_words import FEWEST_LETTERS, POSITION, TEMPLATE, Material, WordModel
+from sae_lib.evaluation.saebench.letter_words import (
+    FEWEST_LETTERS,
+    POSITION,
+    TEMPLATE,
+    Material,
+    WordModel,
+    examples_of,
+)
 from sae_lib.params import ParameterError
 from sae_lib.runs import RunError
 
@@ -98,7 +105,8 @@ def absorption(sae, material: Material, tokenizer, bos_id: int, load, *, model: 
         precalc_k_sparse_probe_sae_acts=4 * sae.d_sae * material.train < LATENT_BYTES)
     known = WordModel(tokenizer, bos_id, load, dict(material.prompts), model, device)
     wrapped = wrap(sae, model, hook, device=torch.device(device), dtype=torch.float32, context=128)
-    probed, absorbed, raw, said = _run(wrapped, known, material, config, seed, device)
+    with examples_of(preset, seed):
+        probed, absorbed, raw, said = _run(wrapped, known, material, config, seed, device)
     if raw is None and "insufficent" not in said:
         lines = [line for line in said.splitlines() if line.strip()]
         raise RunError("SAEBench absorption gave no result; it said: " + (" | ".join(lines[-5:]) or "nothing"))

@@ -6,8 +6,10 @@ Computed once per model, hook, words and seed by SAEBench's own code, and kept f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import random
 import string
 import tempfile
 from collections import Counter
@@ -37,6 +39,8 @@ FEWEST_LETTERS = 20
 """SAEBench gives no absorption for fewer."""
 BATCH, EPOCHS, LEARNING_RATE = 64, 50, 1e-2
 """Of the probes, as SAEBench trains them."""
+MOST_WORDS = 512
+"""Words read at once after their examples, about: the keys and values of each word's examples are in memory."""
 
 
 class Words(NamedTuple):
@@ -61,7 +65,7 @@ class Material(NamedTuple):
     words: list[str]
     """Training words, then test words."""
     x: Tensor
-    """(words, D) float32 activation at each word, in a ten-shot prompt of its own."""
+    """(words, D) float32 activation at each word, in its ten-shot prompt."""
     labels: list[int]
     """Place of each word's first letter in ``letters``."""
     train: int
@@ -130,17 +134,25 @@ class WordModel:
     @torch.no_grad()
     def run_with_cache(self, prompts: list[str], names_filter: list[str]):
         """Activations (prompts, -POSITION, D) in float32 that answer SAEBench's index POSITION, as it reads a cache."""
-        fresh = [prompt for prompt in dict.fromkeys(prompts) if key_of(prompt) not in self.known]
-        if fresh:
-            # Nothing after the word can change the activation there.
-            tokens, model = self.to_tokens(fresh)[:, :POSITION + 1], self.load()
-            parts = tokens.split(capture.blocks_per_batch(model, tokens.shape[1]))
-            x = torch.cat([model.residual(part)[:, -1].float().cpu() for part in parts])
-            self.known |= {key_of(prompt): row for prompt, row in zip(fresh, x)}
-            if self.bar is not None:
-                self.bar.advance(tokens.numel())
+        self.read(prompts)
         found = torch.stack([self.known[key_of(prompt)] for prompt in prompts]).to(self.device)
         return None, {name: found[:, None].expand(-1, -POSITION, -1) for name in names_filter}
+
+    def read(self, prompts: list[str]) -> None:
+        """Run the model on the prompts that are not known yet, those of the same examples together."""
+        fresh = sorted(prompt for prompt in set(prompts) if key_of(prompt) not in self.known)
+        if not fresh:
+            return
+        # Nothing after the word can change the activation there.
+        tokens, model = self.to_tokens(fresh)[:, :POSITION + 1], self.load()
+        examples, owner = tokens[:, :-1].unique(dim=0, return_inverse=True)
+        together = min(capture.blocks_per_batch(model, tokens.shape[1]), MOST_WORDS * len(examples) // len(fresh)) or 1
+        for first in range(0, len(examples), together):
+            rows = ((owner >= first) & (owner < first + together)).nonzero()[:, 0]
+            x = capture.last_residuals(model, tokens[rows]).float().cpu()
+            self.known |= {key_of(fresh[row]): one for row, one in zip(rows.tolist(), x)}
+            if self.bar is not None:
+                self.bar.advance(len(rows))
 
 
 def key_of(prompt: str) -> str:
@@ -148,8 +160,33 @@ def key_of(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:24]
 
 
+@contextlib.contextmanager
+def examples_of(preset: str, seed: int):
+    """While it lasts, SAEBench draws a prompt's ten examples once for the first word of every letter, once for the
+    second, and so on; in the preset ``paper`` for each word, as it does by itself.
+
+    So a letter's words have examples of their own each, drawn as by SAEBench, and the model reads the examples once
+    for all letters, a twentieth of the tokens.
+    """
+    from sae_bench.evals.absorption import feature_absorption_calculator, probing, prompting
+
+    if preset == "paper":
+        yield
+        return
+    places: Counter = Counter()
+
+    def create(word: str, examples: list[str], **options):
+        kind = word.strip()[0].lower(), len(examples)  # words for training and for testing draw from different ones
+        places[kind] += 1
+        draw = random.Random(digest([seed, places[kind]]))
+        with in_place(prompting, random=draw):
+            return prompting.create_icl_prompt(word, examples, **options)
+    with in_place(probing, create_icl_prompt=create), in_place(feature_absorption_calculator, create_icl_prompt=create):
+        yield
+
+
 def prepare(words: Words, tokenizer, bos_id: int, load: Callable[[], Any], *, identity: list, d_model: int, seed: int,
-            mode: str = "batch") -> Material:
+            preset: str = "default", mode: str = "batch") -> Material:
     """The material of ``words`` for a seed, from the cache or computed by the model that ``load()`` gives.
 
     ``identity`` names all that the activations depend on beside words and seed: weights, hook, precision, device.
@@ -159,30 +196,32 @@ def prepare(words: Words, tokenizer, bos_id: int, load: Callable[[], Any], *, id
         nothing = torch.empty(0, d_model)
         return Material(words.letters, words.dropped, [], nothing, [], 0, nothing, torch.empty(0), {}, "none", False)
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "sae-bench")]
-    key = digest([identity, versions, words.tokens, seed, TEMPLATE, POSITION, FEWEST, BATCH, EPOCHS], 24)
+    own = preset == "paper"
+    key = digest([identity, versions, words.tokens, seed, own, TEMPLATE, POSITION, FEWEST, BATCH, EPOCHS], 24)
     file = runs.cache() / "evaluation" / f"letters-{key}.safetensors"
     with alone(file, "words' activations"):
         found = _read(file)
         if found is None:
-            _compute(words, tokenizer, bos_id, load, file, d_model, seed, mode)
+            _compute(words, tokenizer, bos_id, load, file, d_model, seed, preset, mode)
             found = _read(file)._replace(reused=False)
     return found
 
 
-def _compute(words: Words, tokenizer, bos_id: int, load, file: Path, d_model: int, seed: int, mode: str) -> None:
+def _compute(words: Words, tokenizer, bos_id: int, load, file: Path, d_model: int, seed: int, preset: str,
+             mode: str) -> None:
     """Word activations, probes and the prompts of the absorption stage, by SAEBench's functions, into ``file``."""
     from sae_bench.evals.absorption import probing, util
 
     device = torch.device("cpu")
     with (all_cores(), seeded(seed), in_place(probing, tqdm=quiet()), in_place(util, tqdm=quiet()),
           tempfile.TemporaryDirectory() as folder):
-        letters, dropped, train, test = _splits(words)
+        letters, dropped, train, test = _splits(words, preset, seed)
         prompts = [prompt for prompt, _ in (*train, *test)]
         model = WordModel(tokenizer, bos_id, load)
         model.cfg.d_model = d_model
-        width = model.to_tokens(prompts[0].base).shape[1] + POSITION + 1
         # Test words with a true positive, most of them, are read a second time in other prompts.
-        with progress(width * (len(prompts) + len(test)), "word activations", mode) as model.bar:
+        with progress(len(prompts) + len(test), "word activations", mode, unit="words") as model.bar:
+            model.read([prompt.base for prompt in prompts])
             *frames, train_x, test_x = probing.gen_and_save_df_acts_probing(
                 model, train, test, path=folder, hook_point="word", batch_size=BATCH, position_idx=POSITION)
             probe, data = probing.train_linear_probe_for_task(
@@ -193,7 +232,7 @@ def _compute(words: Words, tokenizer, bos_id: int, load, file: Path, d_model: in
                 positive = probe(data["X_test"]) > 0
             known = [[prompt.word for (prompt, label), own in zip(test, positive[:, number]) if own and label == number]
                      for number in range(len(letters))]
-            _read_again(again, sorted(prompt.word for prompt in prompts), known, seed)
+            _read_again(again, sorted(prompt.word for prompt in prompts), known, seed, preset)
     about = {"letters": letters, "dropped": dropped, "words": [prompt.word for prompt in prompts], "train": len(train),
              "prompts": list(again.known), "dtype": str(load().dtype).removeprefix("torch.")}
     tensors = {"x": torch.cat([data["X_train"], data["X_test"]]),
@@ -203,7 +242,7 @@ def _compute(words: Words, tokenizer, bos_id: int, load, file: Path, d_model: in
     kept_tensors.write(file, {name: tensor.clone() for name, tensor in tensors.items()}, about)
 
 
-def _splits(words: Words) -> tuple[str, dict[str, str], list, list]:
+def _splits(words: Words, preset: str, seed: int) -> tuple[str, dict[str, str], list, list]:
     """Letters, those dropped and why, and SAEBench's (prompt, label) pairs for training and for testing.
 
     A letter without a word in one of the two makes its code fail (or every probe NaN): drawn again without it.
@@ -214,7 +253,7 @@ def _splits(words: Words) -> tuple[str, dict[str, str], list, list]:
     letters, dropped = words.letters, dict(words.dropped)
     while True:
         tokens = [token for token in words.tokens if token.strip()[0].lower() in letters]
-        with in_place(probing, LETTERS=letters):
+        with in_place(probing, LETTERS=letters), examples_of(preset, seed):
             train, test = probing.create_dataset_probe_training(
                 tokens, first_letter_formatter(), num_prompts_per_token=1, base_template=TEMPLATE)
         both = {label for _, label in train} & {label for _, label in test}
@@ -225,17 +264,15 @@ def _splits(words: Words) -> tuple[str, dict[str, str], list, list]:
         letters = "".join(letter for letter in letters if letter not in gone)
 
 
-def _read_again(model: WordModel, tokens: list[str], asked: list[list[str]], seed: int) -> None:
+def _read_again(model: WordModel, tokens: list[str], asked: list[list[str]], seed: int, preset: str) -> None:
     """Run the prompts that absorption will be measured on: those that SAEBench draws after ``seeded(seed)``."""
     from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
     from sae_bench.evals.absorption.prompting import first_letter_formatter
 
     calculator = FeatureAbsorptionCalculator(model, tokens, max_icl_examples=10, base_template=TEMPLATE,
                                              answer_formatter=first_letter_formatter(), word_token_pos=POSITION)
-    with seeded(seed):
-        prompts = [prompt.base for of_letter in asked for prompt in calculator._build_prompts(of_letter)]
-    for start in range(0, len(prompts), BATCH):
-        model.run_with_cache(prompts[start:start + BATCH], ["word"])
+    with seeded(seed), examples_of(preset, seed):
+        model.read([prompt.base for of_letter in asked for prompt in calculator._build_prompts(of_letter)])
 
 
 def _read(file: Path) -> Material | None:

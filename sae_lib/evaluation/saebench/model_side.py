@@ -79,7 +79,7 @@ class ModelSide:
         return self._kept("last", name, text, lambda: self._compute_last(texts, name))["rows"].float()
 
     def _kept(self, kind: str, name: str, text: bytes, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``compute()`` makes of ``text``, which is a whole data set; from the cache if it is there."""
+        """What ``compute()`` makes of ``text``, which is a whole data set; from the cache if it is in it."""
         self.keys[name] = hashlib.sha256(text).hexdigest()[:16]
         key = digest([*identity(self.lm, text), importlib.metadata.version("sae-bench")], 24)
         file = self._files[name] = runs.cache() / "evaluation" / f"{kind}-{key}.safetensors"

@@ -25,7 +25,8 @@ class WordReading:
         self.dtype = precision(asked)
         self.load = functools.cache(lambda: language_model.load(self.model, hook=self.hook, dtype=self.dtype,
                                                                 device=p.device))
-        paper = p.absorption_preset == "paper"
+        self.preset = p.absorption_preset
+        paper = self.preset == "paper"
         self.held_out = not paper or asked.spelling_share > 0
         """Whether words of the training text's first-letter prompts are left out."""
         self.words_per_letter = None if paper else p.absorption_words_per_letter
@@ -35,7 +36,7 @@ class WordReading:
         """Words' activations and the letters' probes, from the cache or computed."""
         identity = [self.info.identity, self.hook, self.dtype, self.device.type]
         return letter_words.prepare(self.words, self.tokenizer, self.bos_id, self.load, identity=identity,
-                                    d_model=self.info.d_model, seed=seed, mode=self.mode)
+                                    d_model=self.info.d_model, seed=seed, preset=self.preset, mode=self.mode)
 
 
 def prepare(p: params.Letters, asked: params.Train) -> None:
