@@ -24,7 +24,8 @@ def evaluate(p: params.Evaluate) -> dict[str, Any]:
     """Run ``p.evals`` on the run's SAE on held-out text; write evals/*.json and validity.json; return them by name.
 
     Each result is written as soon as it is measured. One that fails is a report of status ``failed`` with its reason,
-    the others still run, and the verdict is ``failed``; ``faults.insist`` then raises. What stops all of them is raised at once.
+    the others still run, and the verdict is ``failed``; ``faults.insist`` then raises. What stops all of them is raised
+    at once.
 
     With ``p.compression_ratios`` the SAE is measured with those shares of its latents too (``evaluation.compression``).
 
