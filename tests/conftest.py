@@ -23,6 +23,11 @@ LONG = ("test_snakefile.py", "test_browser.py", "test_notebooks.py")
 language_model.import_transformers()
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: who waits for a browser or for snakemake leaves his to the others."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """LONG files begin first, so that no worker ends with one of them while the others have nothing left."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

@@ -168,9 +168,10 @@ def test_what_comes_with_the_workbook_is_not_measured_and_another_text_shape_or_
 
 def test_the_workbook_s_own_nulls_are_figures_of_the_quickstart_and_of_ci():
     held = runs.read_json(embedded_nulls.FILE)
-    # Of a shape 4 on held-out rows, 4 in core, 2 in absorption; the quickstart's two share components and raw stream,
-    # and have absorption at the default's words too, read in bfloat16 and in float32.
-    assert len(held) == 10 + 6 + 4 + 10 + 4
+    # Of a shape 4 on held-out rows and 4 in core; the quickstart's two shapes share components and raw stream. Of each of
+    # the three shapes 2 in absorption, by the model in bfloat16 and in float32, and of the quickstart's at the default's
+    # words too.
+    assert len(held) == 20 + 2 * 6 + 4
     for entry in held.values():
         assert entry["metrics"] and all(value is None or math.isfinite(value) for value in entry["metrics"].values())
     absorptions = [entry["metrics"]["mean_full_absorption_score"] for entry in held.values()

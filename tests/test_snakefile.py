@@ -22,7 +22,8 @@ VARIANTS = {"a": VARIANT.format(k=8).replace("d_sae: 128", "d_sae: 512").replace
 STUDY = """models: [tiny]
 variants: [a, b]
 seeds: [1]
-shared: {tokens: 9000, store_shard_tokens: 512, checkpoint_every: 50, eval_preset: smoke, nulls: []}
+shared: {tokens: 9000, store_shard_tokens: 512, checkpoint_every: 50, eval_preset: smoke, nulls: [],
+         absorption_preset: smoke, absorption_words_per_letter: 40}
 """
 
 
@@ -84,7 +85,7 @@ def test_a_study_runs_then_rests_and_reruns_only_what_changed(checkout, whole):
     assert jobs(call("--dry-run")[1]) == {"train": 1, "eval": 1, "letters": 1, "compare": 1,
                                               "pictures": 1, "all": 1, "total": 6}
     (folder / "params/variants/b.yaml").write_text(VARIANTS["b"])
-    (folder / "params/studies/small.yaml").write_text(STUDY.replace("smoke", "default"))
+    (folder / "params/studies/small.yaml").write_text(STUDY.replace("eval_preset: smoke", "eval_preset: default"))
     assert jobs(call("--dry-run")[1]) == {"eval": 2, "compare": 1, "pictures": 1, "all": 1,
                                               "total": 5}
 
@@ -169,7 +170,7 @@ def test_an_interrupted_snakemake_leaves_nothing_and_the_plain_command_goes_on(c
 
 
 @pytest.mark.parametrize("text, says", [
-    (STUDY.replace("smoke", "quick"), "params/studies/small.yaml: eval_preset"),
+    (STUDY.replace("eval_preset: smoke", "eval_preset: quick"), "params/studies/small.yaml: eval_preset"),
     (STUDY.replace("seeds", "seed"), "seed: Extra inputs are not permitted; did you mean 'seeds'"),
     (STUDY.replace("[a, b]", "[wrong]"), "wieght"),
 ])
