@@ -46,7 +46,7 @@ def _made(home):
         return params.check(stage, {key: value for key, value in {**model, **SMALL, **values}.items() if key in names},
                             "test_browser")
     found = {"trial/topk-s1": {}, "trial/topk-s2": {"d_sae": 512, "seed": 2, "nulls": []}}
-    few = {"absorption_preset": "smoke", "absorption_words_per_letter": 30}
+    few = {"absorption_preset": "smoke", "absorption_words_per_letter": 60}
     activations.extract(asked("extract"))
     for name, values in found.items():
         p = asked("train", run=name, **values)
