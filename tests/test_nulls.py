@@ -168,9 +168,9 @@ def test_what_comes_with_the_workbook_is_not_measured_and_another_text_shape_or_
 
 def test_the_workbook_s_own_nulls_are_figures_of_the_quickstart_and_of_ci():
     held = runs.read_json(embedded_nulls.FILE)
-    # Of a shape 4 on held-out rows and 4 in core; the quickstart's two shapes share components and raw stream. Of each of
-    # the three shapes 2 in absorption, by the model in bfloat16 and in float32, and of the quickstart's at the default's
-    # words too.
+    # Of a shape 4 on held-out rows and 4 in core; the quickstart's two shapes share components and raw stream. Of each
+    # of the three shapes 2 in absorption, by the model in bfloat16 and in float32, and of the quickstart's at the
+    # default's words too.
     assert len(held) == 20 + 2 * 6 + 4
     for entry in held.values():
         assert entry["metrics"] and all(value is None or math.isfinite(value) for value in entry["metrics"].values())
