@@ -96,8 +96,9 @@ def _remove(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder; for who works on it alone."""
-    for path in Path(folder).glob(".*.tmp"):
-        _remove(path)
+    for pattern in (".*.tmp", ".tmp??????"):  # ours, and those of safetensors, which has a temporary file of its own
+        for path in Path(folder).glob(pattern):
+            _remove(path)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -366,3 +366,10 @@ def test_a_training_stopped_by_hand_keeps_its_checkpoints(homes, whole):
     resumed, _ = train(homes[1])
     assert resumed.report["resumed_at"] == [30]
     assert_same(whole, resumed)
+
+
+def test_what_killed_writes_left_is_swept_and_nothing_else(tmp_path):
+    for name in (".a.json.12.tmp", ".tmpgbcfwZ", "kept.safetensors", ".hidden"):
+        (tmp_path / name).write_text("x")
+    runs.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "kept.safetensors"]
