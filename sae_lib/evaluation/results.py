@@ -218,7 +218,7 @@ def differences(table: pd.DataFrame, baseline: str | None, metrics=FIGURES, leve
     valid, rows = single(table, baseline), []
     for metric in metrics:
         found = []
-        for own, group in valid.dropna(subset=[metric]).groupby("own", sort=False):
+        for own, group in valid[["own", "variant", "seed", metric]].dropna(subset=[metric]).groupby("own", sort=False):
             fitted = contrasts.fit(group[metric], group.variant, group.seed)
             base = set(group.seed[group.variant == own])
             for variant, runs_of in group[group.variant != own].groupby("variant", sort=False):
