@@ -258,14 +258,13 @@ def test_compare_and_the_way_into_a_run(lab, study, compared):
     lab.page.get_by_role("tab", name="feature splits").click()
     tables = [runs.Run(name).path / "evals/absorption_letters.parquet" for name in study[1]]
     judged = [frame.letter[frame.kept] for frame in map(pd.read_parquet, filter(Path.exists, tables))]
-    common = set.intersection(*map(set, judged)) if judged else set()
-    if common:
+    if judged:
         lab.state("Full absorption by letter")
         lab.choose("letters", "absorption fraction")
         cells = lab.state("Absorption fraction by letter")["data"][0]
         assert cells["rows"] >= 1 and cells["width"] >= 20
         lab.choose("letters", "split latents")
-        letter = min(common)
+        letter = min(set.intersection(*map(set, judged)))
         column = lab.state("Split latents by letter")["data"][0]["x"].index(letter)
         lab.click_point("Split latents by letter", 0, column)
         lab.plot(f"Letter {letter.upper()}")

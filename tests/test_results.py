@@ -1,5 +1,7 @@
 """The results table and the claims about differences."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -337,6 +339,16 @@ def test_a_frontier_runs_along_any_parameter(home):
     assert along("x.weight").tolist() == [0.1, 0.2]
     with pytest.raises(ParameterError, match="no run has a number for 'd_sea'; did you mean 'd_sae'"):
         along("d_sea")
+
+
+def test_exported_text_is_never_read_as_a_number(tmp_path):
+    frame = pd.DataFrame({"run_name": ["a", "b"], "hash": ["12e4", "0123"], "ev": [0.123456, np.nan]})
+    compare._export(tmp_path, "t", frame)
+    for ending, gap in (("tex", "--"), ("md", "")):
+        text = (tmp_path / f"t.{ending}").read_text()
+        assert "12e4" in text and "0123" in text and "0.1235" in text and "120000" not in text
+        assert re.search(rf"0123 *[&|] *{gap} *(\\\\|\|)", text), text
+    assert "run\\_name" in (tmp_path / "t.tex").read_text()
 
 
 def test_a_claim_that_all_rows_share_is_said_once(monkeypatch):

@@ -201,8 +201,11 @@ def _over_training(name: str) -> tuple[dict[str, Any], ...]:
 def _export(folder: Path, name: str, frame: pd.DataFrame) -> None:
     """The same table as CSV, parquet, LaTeX and Markdown; CSV last, since a batch waits for it."""
     # pandas' own LaTeX imports matplotlib, for a second's colours that are not asked for.
-    texts = {ending: tabulate(frame.astype(object).where(frame.notna(), gap), headers="keys", tablefmt=kind,
-                              floatfmt=".4g", showindex=False) + "\n"
+    filled = frame.astype(object).where(frame.notna(), None)
+    # Text stays text: a hash of digits ("12e4") is no number.
+    words = [number for number, name in enumerate(frame) if frame[name].map(lambda value: isinstance(value, str)).any()]
+    texts = {ending: tabulate(filled, headers="keys", tablefmt=kind, floatfmt=".4g", missingval=gap, showindex=False,
+                              disable_numparse=words) + "\n"
              for ending, kind, gap in (("tex", "latex_booktabs", "--"), ("md", "pipe", ""))}
     with runs.whole(folder / f"{name}.parquet") as temporary:
         frame.to_parquet(temporary, index=False)
