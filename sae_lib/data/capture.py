@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from sae_lib.params import ParameterError
 BINS = torch.logspace(-2, 3, 201, dtype=torch.float64)
 """Edges of the norm histogram, in medians, evenly spaced on a log axis; what lies outside is counted in the first or
 last bin."""
+MOST_ROWS = 512
+"""Rows read at once after what they have in common, about: its keys and values are in memory for each."""
 MEDIAN_TOKENS = 4096
 """Tokens at the beginning of the text, whose median norm is the measure for outliers; so many give it within 1 %."""
 
@@ -45,18 +48,30 @@ def blocks_per_batch(model: LanguageModel, context: int) -> int:
 
 
 @torch.no_grad()
-def last_residuals(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Residual stream (B, D) at the last token of each row of ids (B, T).
+def last_residuals(model: LanguageModel, tokens: torch.Tensor,
+                   advance: Callable[[int], None] | None = None) -> torch.Tensor:
+    """Residual stream (B, D), float32 on the CPU, at the last token of each row of ids (B, T).
 
     What rows have in common before it is read once: rows that differ in their last token alone cost a token each.
+    ``advance`` is told how many rows were read each time.
     """
     before, owner = tokens[:, :-1].unique(dim=0, return_inverse=True)
-    if 2 * len(before) > len(tokens):  # little in common
-        return model.residual(tokens)[:, -1]
-    cache = import_transformers().DynamicCache()
-    model.residual(before, cache)
-    cache.batch_select_indices(owner.to(model.device))
-    return model.residual(tokens[:, -1:], cache)[:, -1]
+    in_common = 2 * len(before) <= len(tokens)
+    together = min(blocks_per_batch(model, tokens.shape[1]), MOST_ROWS * len(before) // len(tokens)) or 1
+    found = torch.empty(len(tokens), model.d_model)
+    for first in range(0, len(before), together):
+        rows = ((owner >= first) & (owner < first + together)).nonzero()[:, 0]
+        if in_common:
+            cache = import_transformers().DynamicCache()
+            model.residual(before[first:first + together], cache)
+            cache.batch_select_indices((owner[rows] - first).to(model.device))
+            x = model.residual(tokens[rows, -1:], cache)
+        else:
+            x = model.residual(tokens[rows])
+        found[rows] = x[:, -1].float().cpu()
+        if advance is not None:
+            advance(len(rows))
+    return found
 
 
 def is_text(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,6 @@ FEWEST_LETTERS = 20
 """SAEBench gives no absorption for fewer."""
 BATCH, EPOCHS, LEARNING_RATE = 64, 50, 1e-2
 """Of the probes, as SAEBench trains them."""
-MOST_WORDS = 512
-"""Words read at once after their examples, about: the keys and values of each word's examples are in memory."""
 
 
 class Words(NamedTuple):
@@ -144,15 +142,9 @@ class WordModel:
         if not fresh:
             return
         # Nothing after the word can change the activation there.
-        tokens, model = self.to_tokens(fresh)[:, :POSITION + 1], self.load()
-        examples, owner = tokens[:, :-1].unique(dim=0, return_inverse=True)
-        together = min(capture.blocks_per_batch(model, tokens.shape[1]), MOST_WORDS * len(examples) // len(fresh)) or 1
-        for first in range(0, len(examples), together):
-            rows = ((owner >= first) & (owner < first + together)).nonzero()[:, 0]
-            x = capture.last_residuals(model, tokens[rows]).float().cpu()
-            self.known |= {key_of(fresh[row]): one for row, one in zip(rows.tolist(), x)}
-            if self.bar is not None:
-                self.bar.advance(len(rows))
+        tokens = self.to_tokens(fresh)[:, :POSITION + 1]
+        x = capture.last_residuals(self.load(), tokens, None if self.bar is None else self.bar.advance)
+        self.known |= {key_of(prompt): row for prompt, row in zip(fresh, x)}
 
 
 def key_of(prompt: str) -> str:

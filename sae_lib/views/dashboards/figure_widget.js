@@ -3,7 +3,10 @@ const copies = (globalThis.saeWorkbookPlotly ??= new Map());
 
 function plotly(model) {
   const id = model.get("_plotly").replace("IPY_MODEL_", "");
-  if (!copies.has(id)) copies.set(id, load(model, id));
+  if (!copies.has(id)) copies.set(id, load(model, id).catch((error) => {
+    copies.delete(id);  // the next figure tries again
+    throw error;
+  }));
   return copies.get(id);
 }
 
