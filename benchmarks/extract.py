@@ -1,6 +1,6 @@
 """Extraction beside the bare model cut off at its hook, in one process.
 
-    python benchmarks/extract.py [--model smollm2 --layer 11 --tokens 24000 --rounds 3]
+    python benchmarks/extract.py [--model smollm2 --layer 8 --tokens 24000 --rounds 3]
 
 Both read the same blocks with the same precision and batch; the two take turns. Extraction's time is what its shards
 took: the model, dropping BOS and outliers, statistics, writing and hashing.
@@ -23,14 +23,14 @@ import torch
 
 from sae_lib import params, runs
 from sae_lib.data import activations, capture, language_model
-from sae_lib.training.memory import keep_freed_memory
+from sae_lib.memory import keep_freed_memory
 
 
 def main() -> None:
     """Measure, print, and write benchmarks/results/extract-<device>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--layer", type=int, default=11)
+    parser.add_argument("--layer", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24_000)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()

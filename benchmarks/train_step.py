@@ -26,8 +26,8 @@ import torch
 from sae_lib import params, runs
 from sae_lib.data.language_model import import_transformers
 from sae_lib.data.store import Batch
+from sae_lib.memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from sae_lib.sae import kernels
-from sae_lib.training.memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from sae_lib.training.trainer import Trainer
 
 CPU_SIZES = ["576,4096,32,2048", "2304,16384,64,1024", "2304,16384,320,1024"]

@@ -4,9 +4,9 @@
     python benchmarks/tune.py architecture=topk lr=3.2e-3 lr_decay=0.2,0.5,1.0 seed=42,43,44
 
 Every combination of the values given is one trial, over params/models/<model>.yaml and params/variants/
-<architecture>.yaml; those already in benchmarks/results/tuning-cpu.json are left out. Held-out explained variance,
-letter recovery (recovery.py), and the share of latents that did not fire in the last 250,000 samples are measured.
-``encoder_scale`` multiplies the encoder before training; it is no parameter of the workbook.
+<architecture>.yaml; those already in benchmarks/results/tuning-cpu.json for this store are left out. Held-out explained
+variance, letter recovery (recovery.py), and the share of latents that did not fire in the last 250,000 samples are
+measured. ``encoder_scale`` multiplies the encoder before training; it is no parameter of the workbook.
 The store is 01's of the same parameters; each trial takes one thread, and ``--at-once`` run together.
 """
 
@@ -92,11 +92,11 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     known = runs.read_json(asked.results)["trials"] if asked.results.exists() else []
-    left = [trial for trial in combinations(asked.given) if trial not in [one["trial"] for one in known]]
-    if not left:
-        return
-    p = checked(left[0])
+    trials = combinations(asked.given)
+    p = checked(trials[0])
     HELD["store"] = store = activations.find(p)
+    done = [one["trial"] for one in known if one["store"] == store.name]
+    left = [trial for trial in trials if trial not in done]
     next(iter(store.batches(1, 1)))
     HELD["words"] = recovery.material(p, store) if p.model != "planted" else None
     with ProcessPoolExecutor(asked.at_once, mp_context=multiprocessing.get_context("fork")) as pool:

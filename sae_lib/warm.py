@@ -182,7 +182,7 @@ def _work(connection: socket.socket, request: dict, streams: list[int]) -> None:
 
 
 def become(folder: str, environment: dict) -> None:
-    """Take on a folder, an environment with its number of threads, and random numbers of one's own."""
+    """Take on a folder, an environment with its number of threads, and a fresh state of the random numbers."""
     import numba
     import numpy as np
     import threadpoolctl

@@ -27,7 +27,7 @@ HOOK = re.compile(r"blocks\.(\d+)\.(hook_resid_post|hook_resid_pre)")
 FASTER = 1.2
 """How many times faster bfloat16 must be on a CPU before ``dtype: auto`` takes it."""
 PLANTED = "planted"
-"""What stores of known features (``data.planted``) name as their model; there is none."""
+"""What stores of known features (``data.planted``) name as their model, though no model made them."""
 
 
 class ModelInfo(NamedTuple):

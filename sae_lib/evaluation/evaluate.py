@@ -8,6 +8,7 @@ from typing import Any
 from sae_lib import params, runs
 from sae_lib.evaluation import faults, foreign_run, nulls, validity
 from sae_lib.evaluation.reported import settings
+from sae_lib.memory import keep_freed_memory
 
 
 def trained(run: runs.Run) -> params.Train:
@@ -80,6 +81,7 @@ def _loaded(p: params.Evaluate, run: runs.Run, asked: params.Train):
     from sae_lib.data import language_model
     from sae_lib.training.ingredients import load_sae
 
+    keep_freed_memory()
     site = hook_of(p.layer, asked)
     if p.evals == ["truth"] and not p.compression_ratios:
         return load_sae(run.path / "sae"), None

@@ -1,6 +1,6 @@
 """How often equal variants would be called different: the rate of false claims of ``results.differences``.
 
-A pair is one variant twice, each time with training seeds of its own: whatever is claimed of the two is false.
+A pair is one variant twice, each time with other training seeds: whatever is claimed of the two is false.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from sae_lib.evaluation import validity
 from sae_lib.params import digest
 
 FIGURES = ("full_absorption", "fully_absorbed", "absorption_fraction", "splits")
-"""Columns of the letters' table that are results, and missing where there is none."""
+"""Columns of the letters' table that are results; a letter without a result has gaps there."""
 BOOTSTRAP = {"mean_full_absorption_score": "full_absorption", "mean_absorption_fraction_score": "absorption_fraction"}
 
 
@@ -47,7 +47,7 @@ def tables(found: dict[int, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def row(report: dict[str, Any], letters: pd.DataFrame, words: pd.DataFrame) -> dict[str, Any]:
-    """Of one SAE: means over letters with their intervals, how many letters, and why there is none."""
+    """Of one SAE: means over letters with their intervals, how many letters, and, if none, why."""
     return {"metrics": report["metrics"], "interval": within_all(words, letters) if report["metrics"] else {},
             "letters": {seed: one["letters"] for seed, one in report["seeds"].items()}, "note": report["note"]}
 

@@ -30,7 +30,7 @@ class Matching(NamedTuple):
     latent: np.ndarray
     """(G,) each feature's latent; -1 where there are fewer latents than features."""
     likeness: np.ndarray
-    """(G,) of each pair, 0 where there is none."""
+    """(G,) of each pair; 0 for a feature without one."""
 
     @property
     def mcc(self) -> float:

@@ -1,7 +1,7 @@
 """The validity gate: may this run's figures be read as results?
 
 Pure rules over what training (training.json) and evaluation (evals/*.json) measured. 02 writes what training can
-know, 03 completes it, 05 obeys it. An invalid run is a result of its own: its stages end well and say why.
+know, 03 completes it, 05 obeys it. A run found invalid is a result too: its stages end without an error and say why.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise ParameterError(f"{path}: cannot be read ({error.strerror}); known here: {', '.join(known)}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         raise ParameterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance({} if values is None else values, dict):
         raise ParameterError(f"{path}: expected a mapping of names to values, got a {type(values).__name__}")

@@ -90,7 +90,7 @@ class Train(Extract):
     architecture: str = "topk"
     """topk, standard, batch_topk, jumprelu, gated or matryoshka_batch_topk."""
     initial_encoder: Literal["tied", "random"] = "tied"
-    """The decoder's copy, or rows of its own (random; a null baseline where samples is 0)."""
+    """The decoder's copy, or independent rows (random; a null baseline where samples is 0)."""
     d_sae: int = Field(4096, ge=1)
     """Latents, F."""
     k: int = Field(32, ge=1)

@@ -50,7 +50,7 @@ class SparseAutoencoder(nn.Module):
                    encoder: str = "tied") -> SparseAutoencoder:
         """Random unit decoder rows, ``b_dec`` (D,) as given, ``b_enc`` zero.
 
-        The encoder is the decoder's copy (``tied``), or unit rows of its own (``random``: a null baseline).
+        The encoder is the decoder's copy (``tied``), or independent unit rows (``random``: a null baseline).
         """
         rows = nn.functional.normalize(torch.randn(d_sae, len(b_dec), generator=generator), dim=1)
         others = nn.functional.normalize(torch.randn(d_sae, len(b_dec), generator=generator), dim=1)

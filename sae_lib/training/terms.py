@@ -33,22 +33,29 @@ def backward(terms: dict[str, Tensor], apart: frozenset[str] = frozenset()) -> N
 
 
 def backward_with_shares(terms: dict[str, Tensor], parameters: list[Tensor],
-                         reconstructions: frozenset[str] = frozenset()) -> dict[str, float]:
-    """The same gradient, term by term, and each term's share.
+                         reconstructions: frozenset[str] = frozenset(),
+                         apart: frozenset[str] = frozenset()) -> dict[str, float]:
+    """The same gradient, and each term's share of it.
 
     share = |g_term| / |g_reconstruction|, both over the weights that the term acts on (rows or entries where its
     gradient is not zero). A term whose gradient is 0 has share 0. ``reconstructions`` names terms of the architecture
-    that reconstruct too: their gradients count with the reconstruction's, and they have no share.
+    that reconstruct too: their gradients count with the reconstruction's, and they have no share. Where nothing else is
+    trained, this is ``backward``.
     """
-    gradients = {}
-    for name, term in terms.items():
-        found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        gradients[name] = [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, parameters)]
-    for parameter, *parts in zip(parameters, *gradients.values()):
+    others = [name for name in terms if name not in ("reconstruction", *reconstructions)]
+    if not others:
+        backward(terms, apart)
+        return {}
+    reference = _gradients(sum(term for name, term in terms.items() if name not in others), parameters)
+    found = {name: _gradients(terms[name], parameters) for name in others}
+    for parameter, *parts in zip(parameters, reference, *found.values()):
         parameter.grad = sum(parts)
-    reference = [sum(parts) for parts in zip(*(gradients.pop(name) for name in ("reconstruction", *reconstructions)
-                                               if name in gradients))]
-    return {name: _share(parts, reference) for name, parts in gradients.items()}
+    return {name: _share(parts, reference) for name, parts in found.items()}
+
+
+def _gradients(term: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, parameters)]
 
 
 def _share(parts: list[Tensor], reference: list[Tensor]) -> float:

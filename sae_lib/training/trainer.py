@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_lib import presence, runs
 from sae_lib.data.ahead import ahead
 from sae_lib.data.store import generator
+from sae_lib.memory import keep_freed_memory
 from sae_lib.params import Train
 from sae_lib.progress import Progress
 from sae_lib.sae import architectures, kernels
@@ -24,7 +25,6 @@ from sae_lib.sae.kernels import cpu
 from sae_lib.training import checkpoint, measure, phases, snapshots, terms
 from sae_lib.training.adam import Adam
 from sae_lib.training.ingredients import Ingredient, configured
-from sae_lib.training.memory import keep_freed_memory
 from sae_lib.training.schedules import learning_rate_factor
 
 
@@ -72,7 +72,7 @@ class Trainer:
         cpu.same_threads()
         keep_freed_memory()
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if p.device == "auto" else p.device
-        # Each use of chance has a stream of its own from the one seed: an ingredient that draws numbers changes
+        # Each use of random numbers has its own stream from the one seed: an ingredient that draws numbers changes
         # neither the initial weights nor the order of the data, and runs of one seed stay paired.
         parts = configured(p)
         architecture = architectures.get(p.architecture)
@@ -171,7 +171,10 @@ class Trainer:
             parameter.grad = None
         own = sae.architecture.reconstructions
         apart = frozenset(part.name for part in self.ingredients if part.of_rows and ctx.rows is sae.W_dec)
-        shares = terms.backward_with_shares(losses, self.parameters, own) if log else terms.backward(losses, apart)
+        if log:
+            shares = terms.backward_with_shares(losses, self.parameters, own, apart)
+        else:
+            shares = terms.backward(losses, apart)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

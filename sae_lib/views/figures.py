@@ -42,7 +42,7 @@ def evaluation(results: dict[str, Any]) -> pd.DataFrame:
 def explained(values: dict[str, float], within: dict[str, list[float]] | None = None, **more: Any) -> pd.DataFrame:
     """A row per metric with all that a reader must know of it; ``more`` are columns between, alike in every row.
 
-    ``within``: by metric its interval "within this SAE", a column of its own where there is any.
+    ``within``: by metric its interval "within this SAE", a further column where there is any.
     """
     def beside(name):
         return {"within this SAE": between(*within[name]) if name in within else ""} if within else {}

@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 
     @property
     def no_result(self) -> str:
-        """Why its figures are none; empty where they are."""
+        """Why its figures are no results; empty if they are."""
         return self.curve.get("not_a_result") or self.absorption.get("not_a_result") or ""
 
 

@@ -1,7 +1,7 @@
-"""What earlier studies reported, as tables and figures of its own: never beside what is measured here.
+"""What earlier studies reported, as separate tables and figures: never beside what is measured here.
 
 Pure functions from ``evaluation.reported``. What is no result is grey; what does not compare with its study's baseline
-has a table of its own.
+has a separate table.
 """
 
 from __future__ import annotations

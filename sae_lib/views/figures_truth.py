@@ -82,6 +82,6 @@ def spearman(rank: truths.Rank) -> str:
 
 
 def _most(table: pd.DataFrame, *columns: str) -> float:
-    """The largest figure of the columns, for the line of equality; 1 where there is none."""
+    """The largest figure of the columns, for the line of equality; 1 without figures."""
     values = table[list(columns)].to_numpy(dtype=float)
     return float(np.nanmax(values)) if np.isfinite(values).any() and np.nanmax(values) > 0 else 1.0

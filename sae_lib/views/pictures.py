@@ -51,7 +51,7 @@ def write_html(fig, file: Path) -> None:
 
 
 def figure_of(file: Path) -> dict[str, Any]:
-    """Data and layout of the figure in an HTML file. Raises RunError where there is none."""
+    """Data and layout of the figure in an HTML file. Raises RunError if the file has no figure."""
     try:
         text = file.read_text(encoding="utf-8")
         began = list(re.finditer(r'Plotly\.newPlot\(\s*"[\w-]+",\s*(?=\[)', text))[-1].end()

@@ -71,7 +71,7 @@ class Absorption(NamedTuple):
     metrics: dict[str, float] | None
     """Means over letters, by SAEBench's names; None where it gives none."""
     note: str | None
-    """Why there is none."""
+    """Why there is no figure."""
     letters: pd.DataFrame
     """One row per letter of the alphabet."""
     words: pd.DataFrame

@@ -54,7 +54,7 @@ def unlearning(sae, lm, preset: str = "default", *, folder: str | None = None, s
     start, name = time.perf_counter(), lm.name.rpartition("/")[2]
     if name not in MODELS:
         return _none(sae, lm, declared, f"only {' and '.join(MODELS)} answer its questions well enough, not {lm.name}; "
-                     "name one of them as `model` in a 03 of its own (evals: [unlearning])")
+                     "name one of them as `model` in another 03 (evals: [unlearning])")
     asked = reported.chosen(preset, PRESETS, "unlearning", lm, _reported)
     check_sae(sae, lm.name, lm.d_model)
     import_sae_bench()

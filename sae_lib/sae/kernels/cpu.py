@@ -157,7 +157,7 @@ def _topk(keys, k, groups, values, indices):
                     values[b, taken], indices[b, taken] = found[j], where[j]
                     taken += 1
             i = 0
-            while taken < k:  # too few are positive: inactive slots, each with a latent of its own
+            while taken < k:  # too few are positive: inactive slots, each with another latent
                 if row[i] <= 0:
                     values[b, taken], indices[b, taken] = 0, i
                     taken += 1

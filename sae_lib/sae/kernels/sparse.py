@@ -76,7 +76,7 @@ class Sparse:
         """Pre-activations (B, F) in the kernel's precision."""
         if self.precision == torch.float32:
             return torch.addmm(b_enc, centred, W_enc.T)
-        # The bias as two more columns, itself and what rounding leaves of it: nearly exact, and no pass of its own.
+        # The bias as two more columns, itself and what rounding leaves of it: nearly exact, without another pass.
         width, high = centred.shape[1], b_enc.to(self.precision)
         left = centred.new_empty(len(centred), width + 2, dtype=self.precision)
         right = W_enc.new_empty(len(W_enc), width + 2, dtype=self.precision)

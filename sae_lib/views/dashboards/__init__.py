@@ -17,7 +17,7 @@ from sae_lib.views.dashboards.curves import Curves, RunCurves
 
 
 def run(name: str) -> RunTabs:
-    """The four dashboards of a run, in tabs. Raises ParameterError for a name that is none."""
+    """The four dashboards of a run, in tabs. Raises ParameterError where no run has this name."""
     return RunTabs(name, beside(name))
 
 

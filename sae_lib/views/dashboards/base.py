@@ -195,7 +195,7 @@ class Sentence(Dashboard):
 
 
 def sentence(text: str) -> str:
-    """A sentence to the reader, on a ground of its own."""
+    """A sentence to the reader, on a coloured background."""
     return ("<p class='workbook-sentence' style='background:#F2F2F2;color:#111111;border-left:4px solid #9A9A9A;"
             f"padding:6px 10px;margin:4px 0'>{html.escape(text)}</p>")
 
