@@ -7,7 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas as pd
 import plotly.graph_objects as go
+import tune
 from plotly.subplots import make_subplots
 
 from sae_lib import runs
@@ -49,22 +51,38 @@ def _log(value: float) -> float:
 
 
 def learning_rates(results: dict) -> go.Figure:
-    """A panel per measure, a curve per architecture: the trials in which nothing but the rate differs."""
-    alone = {"seed", "architecture", "samples", "warmup_steps", "lr"}
-    trials = [one for one in results["trials"] if {*one["trial"]} == alone and one["trial"]["warmup_steps"] == 50]
-    fig = make_subplots(rows=1, cols=len(TRIED), subplot_titles=[*TRIED.values()], horizontal_spacing=0.07)
-    for number, name in enumerate(dict.fromkeys(one["trial"]["architecture"] for one in trials)):
-        own = sorted((one for one in trials if one["trial"]["architecture"] == name), key=lambda one: one["lr"])
-        for column, measure in enumerate(TRIED, 1):
-            fig.add_scatter(x=[one["lr"] for one in own], y=[one[measure] for one in own], name=name, row=1, col=column,
-                            mode="lines+markers", line=style(number), marker=mark(number, 8), legendgroup=name,
-                            showlegend=column == 1)
+    """A row of panels per size, a panel per measure, a curve per architecture: mean and range over seeds.
+
+    Of the trials on SmolLM2 in which nothing but size, architecture, rate and seed was set.
+    """
+    names = ["d_sae", "batch_size", "samples"]
+    trials = [one for one in results["trials"] if not {*one["trial"]} - {"seed", "architecture", "lr", *names}]
+    shipped = tune.checked({})
+    frame = pd.json_normalize(trials)
+    for name in names:
+        frame[f"trial.{name}"] = frame[f"trial.{name}"].fillna(getattr(shipped, name))
+    sizes = frame.groupby([f"trial.{name}" for name in names])
+    titles = [f"F {width:.0f}, batch {batch:.0f}, {samples:,.0f} samples" for (width, batch, samples), _ in sizes]
+    fig = make_subplots(rows=len(sizes), cols=len(TRIED), column_titles=[*TRIED.values()], row_titles=titles,
+                        horizontal_spacing=0.07, vertical_spacing=0.08)
+    architectures = [*dict.fromkeys(frame["trial.architecture"])]
+    for row, (_, held) in enumerate(sizes, 1):
+        for name, of_one in held.groupby("trial.architecture", sort=False):
+            number, rates = architectures.index(name), of_one.groupby("lr")
+            for column, measure in enumerate(TRIED, 1):
+                mean = rates[measure].mean()
+                fig.add_scatter(x=mean.index, y=mean, name=name, row=row, col=column, mode="lines+markers",
+                                line=style(number), marker=mark(number, 8), legendgroup=name,
+                                showlegend=(row, column) == (1, 1),
+                                error_y={"array": rates[measure].max() - mean, "symmetric": False,
+                                         "arrayminus": mean - rates[measure].min(), "thickness": 1})
+        fig.update_yaxes(tickformat=".0%", row=row, col=len(TRIED))
+        fig.update_xaxes(title="Learning rate (log)" if row == len(sizes) else None, row=row)
     fig.add_vline(x=Architecture.tuned_lr, line={"color": GREY, "dash": "dot"})
-    fig.update_xaxes(type="log", title="Learning rate (log)")
-    fig.update_yaxes(tickformat=".0%", row=1, col=len(TRIED))
-    fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom"})
-    return dress(fig, "Learning rates on SmolLM2", "Layer 11, F 4096, L0 32 or steered to it, batch 2048, 500,000 "
-                 "samples, one seed; the dotted line is the default", width=1180, height=520, top=140)
+    fig.update_xaxes(type="log")
+    fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"})
+    return dress(fig, "Learning rates on SmolLM2", "Layer 8, L0 32 or steered to it; mean and range over seeds; the "
+                 "dotted line is the default", width=1180, height=160 + 340 * len(sizes), top=150)
 
 
 PICTURES = {"train_step": train_step, "learning_rates": learning_rates}

@@ -2,6 +2,7 @@
 
     python benchmarks/tune.py architecture=topk,gated lr=4e-4,8e-4,1.6e-3 samples=500000
     python benchmarks/tune.py architecture=topk lr=3.2e-3 lr_decay=0.2,0.5,1.0 seed=42,43,44
+    python benchmarks/tune.py                      # what is known, as Markdown: mean over seeds [least, greatest]
 
 Every combination of the values given is one trial, over params/models/<model>.yaml and params/variants/
 <architecture>.yaml; those already in benchmarks/results/tuning-cpu.json for this store are left out. Held-out explained
@@ -25,6 +26,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas as pd
 import recovery
 import torch
 
@@ -36,6 +38,8 @@ from sae_lib.training.trainer import Trainer
 RESULTS = Path(__file__).parent / "results" / "tuning-cpu.json"
 FIXED = {"threads": 1, "mode": "batch", "device": "cpu", "coactivation_window": 0, "log_points": 10,
          "dead_after": 250_000, "run": "tuning"}
+TOLD = {"explained_variance": ".4f", "letter_recovery": ".3f", "l0": ".1f", "unused_share": ".1%"}
+"""What ``table`` tells of a trial, and how."""
 HELD = {}
 """The store and the letters' words, read once, before the processes of the trials are made."""
 
@@ -69,6 +73,21 @@ def measured(trial: dict) -> dict:
             "seconds": time.perf_counter() - began}
 
 
+def table(trials: list[dict]) -> str:
+    """Markdown, a row for all trials that differ in their seed alone: mean [least, greatest] of what was measured."""
+    settings = pd.DataFrame([one["trial"] for one in trials]).drop(columns="seed")
+    by = [name for name in settings if settings[name].notna().any()]
+    frame = pd.concat([settings, pd.DataFrame(trials)[[*TOLD]]], axis=1)
+    rows = []
+    for key, held in frame.groupby(by, dropna=False, sort=False):
+        given = ["" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value) for value in key]
+        found = [f"{held[name].mean():{how}} [{held[name].min():{how}}, {held[name].max():{how}}]"
+                 for name, how in TOLD.items()]
+        rows.append([*given, str(len(held)), *found])
+    head = [*by, "seeds", *TOLD]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
 def combinations(given: list[str]) -> list[dict]:
     """The trials that ``key=value,value`` words ask for."""
     names, values = zip(*(word.split("=", 1) for word in given))
@@ -86,12 +105,14 @@ def _read(word: str):
 def main() -> None:
     """Run what is asked for and not yet known; the file is written after every trial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("given", nargs="+", metavar="key=value,...")
+    parser.add_argument("given", nargs="*", metavar="key=value,...")
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     known = runs.read_json(asked.results)["trials"] if asked.results.exists() else []
+    if not asked.given:
+        return print(table(known))
     trials = combinations(asked.given)
     p = checked(trials[0])
     HELD["store"] = store = activations.find(p)
