@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -18,9 +19,8 @@ from sae_lib import runs
 from sae_lib.views import pictures
 
 CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-IDLE = """() => { const w = window.jupyterapp && window.jupyterapp.shell.currentWidget;
- const k = w && w.sessionContext && w.sessionContext.session && w.sessionContext.session.kernel;
- return k && k.status === 'idle' }"""
+KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+IDLE = f"() => ({KERNEL})?.status === 'idle'"
 STATE = """el => ({title: el._fullLayout.title.text,
  caption: el._fullLayout.annotations.map(a => a.text), data: el._fullData.map(t => ({type: t.type, name: t.name,
  x: t.x ? Array.from(t.x) : null, y: t.y ? Array.from(t.y) : null, rows: t.z ? t.z.length : 0,
@@ -38,6 +38,19 @@ PLACE = """(el, [n, i]) => { const t = el._fullData[n], x = el._fullLayout[t.xax
    if (t.type === 'bar' && t.orientation === 'h') px = (px + x.c2p(0)) / 2;
    else if (t.type === 'bar') py = (py + y.c2p(0)) / 2 }
  return [b.left + x._offset + px, b.top + y._offset + py] }"""
+
+FORGET = """
+def forget():
+    import ipywidgets
+
+    from sae_lib.views import show
+
+    ipywidgets.Widget.close_all()
+    show._page = show._Page()  # of another notebook, which has no plotly.js yet
+forget()
+get_ipython().run_line_magic("reset", "-f")
+"""
+"""What the kernel runs between two notebooks that share it."""
 
 CHROME = pictures.browser() if importlib.util.find_spec("playwright") else None
 """The browser, or None: then these tests cannot run, and say so."""
@@ -58,12 +71,15 @@ class Lab:
         self.server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
              f"--port={self.port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
+             "--ServerApp.disable_check_xsrf=True",
              "--ServerApp.password=", f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True",
              "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
             stdout=self.log, stderr=subprocess.STDOUT, env=env)
         self._wait()
         self.browser = playwright.chromium.launch(executable_path=CHROME, args=CHROMIUM)
         self.page, self.errors, self.outside = None, [], []
+        self.kernel = None
+        """The kernel that notebooks share: its start and its imports take longer than most of their cells."""
 
     def _wait(self):
         for _ in range(240):
@@ -79,11 +95,23 @@ class Lab:
         self.server.wait(15)
         self.log.close()
 
-    def open(self, name: str, cells: list[str], wait: bool = True):
+    def _share_kernel(self, path: str):
+        """Give the notebook of this path the kernel of those before it, with nothing of theirs."""
+        if self.page:
+            self.page.evaluate(f"code => ({KERNEL}).requestExecute({{code}}).done", FORGET)
+        asked = {"path": path, "name": path, "type": "notebook",
+                 "kernel": {"id": self.kernel} if self.kernel else {"name": "python3"}}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api/sessions", json.dumps(asked).encode(),
+                                         {"Content-Type": "application/json"})
+        self.kernel = json.load(urllib.request.urlopen(request, timeout=60))["kernel"]["id"]
+
+    def open(self, name: str, cells: list[str], wait: bool = True, own_kernel: bool = False):
         """Write a notebook of code cells, open it, run all; the page stands when the kernel is idle."""
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, self.root / f"{name}.ipynb")
+        if not own_kernel:
+            self._share_kernel(f"{name}.ipynb")
         if self.page:
             self.page.close()
         self.page, self.errors, self.outside = self.browser.new_page(viewport={"width": 1500, "height": 2600}), [], []

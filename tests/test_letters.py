@@ -26,8 +26,12 @@ RUNS = {"first": {}, "second": {"seed": 7}, "dead": {"architecture": "standard",
                                                    "lr": 0.02}}
 
 
+NULLS = ["random", "untrained"]
+
+
 def measure(run, **changes):
-    values = {"run": f"letters/{run}", "absorption_preset": "smoke", "threads": 1, "mode": "batch", "device": "cpu"}
+    values = {"run": f"letters/{run}", "absorption_preset": "smoke", "threads": 1, "mode": "batch", "device": "cpu",
+              "nulls": []}
     return letters.evaluate(params.check("letters", values | changes))
 
 
@@ -42,7 +46,7 @@ def trained(tiny, tiny_store):
 @pytest.fixture(scope="module")
 def first(trained):
     """What 04 found of the first SAE, before any other."""
-    return measure("first")
+    return measure("first", nulls=NULLS)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def test_a_further_sae_trains_no_probe_and_loads_no_model(first, monkeypatch):
 
     monkeypatch.setattr(language_model, "load", lambda *_a, **_o: pytest.fail("the model was loaded"))
     monkeypatch.setattr(probing, "train_linear_probe_for_task", lambda *_a, **_o: pytest.fail("probes were trained"))
-    other = measure("second")
+    other = measure("second", nulls=NULLS)
     assert other.report["words_reused"] and not first.report["words_reused"]
     assert other.report["seconds_setup"] < first.report["seconds_setup"] / 3
     assert other.report["config"]["comparable"] == first.report["config"]["comparable"]
@@ -121,7 +125,7 @@ def test_a_further_sae_trains_no_probe_and_loads_no_model(first, monkeypatch):
     assert other.report["metrics"] != first.report["metrics"]
     # Nor does it measure a null baseline again: both are of one shape.
     assert other.nulls == first.nulls == runs.Run("letters/second").json("evals/absorption_nulls.json")
-    assert list(first.nulls) == ["random", "untrained"]
+    assert list(first.nulls) == NULLS
     random = first.nulls["random"]["absorption"]
     assert random["config"]["comparable"] == first.report["config"]["comparable"]
     if random["metrics"]:
