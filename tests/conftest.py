@@ -6,6 +6,9 @@ import shutil
 # Before numpy is imported: the library's own threads are set where it works, but OpenBLAS would take all cores in each
 # worker for matrices of a few rows, and its idle threads keep the other worker from its core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before torch is: a thread that waits for the others of its product gives its core to the other workers, where it would
+# spin. Two runs of test_browser took five times the processor's time.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
 import torch

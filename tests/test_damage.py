@@ -47,7 +47,7 @@ BYTES = {
     "header": lambda b, r: r.randbytes(8) + b[8:], "junk": lambda b, r: r.randbytes(200),
     "pickle": lambda b, r: b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93.",
     "text": lambda b, r: b"version https://git-lfs.github.com/spec/v1\n", "reversed": lambda b, r: b[::-1],
-    "utf-16": lambda b, r: b.decode("latin-1").encode("utf-16"), "deep": lambda b, r: b"[" * 100_000,
+    "utf-16": lambda b, r: b.decode("latin-1").encode("utf-16"), "deep": lambda b, r: b"[" * 10_000,
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from sae_lib import params, runs
 
 SMALL = {"d_sae": 256, "k": 8, "samples": 60_000, "batch_size": 256, "lr": 2e-3, "warmup_steps": 10,
-         "dead_after": 20_000, "threads": 2, "eval_preset": "smoke"}
+         "dead_after": 20_000, "threads": 1, "eval_preset": "smoke"}
 RUNS = {
     "trial/topk-s1": {},
     "trial/progressive_orthogonality-s1": {"ingredients": [{"name": "progressive_orthogonality", "weight": 0.05}]},
