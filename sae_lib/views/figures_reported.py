@@ -55,7 +55,7 @@ def tables(studies: list[Study]) -> list[Shown]:
             wanted = ", ".join(f"{METRICS[name].label} {target.sign} {target.value:g}"
                                for name, target in study.targets.items())
             if number == 0 and wanted:
-                text += f"; it wanted {wanted}"
+                text += f"; its aim: {wanted}"
             shown.append(Shown(text + (f": {_plain(part.why)}" if part.why else ""), *_table(part.records)))
     return shown
 
