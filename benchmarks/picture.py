@@ -62,11 +62,10 @@ def learning_rates(results: dict) -> go.Figure:
     for name in names:
         frame[f"trial.{name}"] = frame[f"trial.{name}"].fillna(getattr(shipped, name))
     sizes = frame.groupby([f"trial.{name}" for name in names])
-    titles = [f"F {width:.0f}, batch {batch:.0f}, {samples:,.0f} samples" for (width, batch, samples), _ in sizes]
-    fig = make_subplots(rows=len(sizes), cols=len(TRIED), column_titles=[*TRIED.values()], row_titles=titles,
-                        horizontal_spacing=0.07, vertical_spacing=0.08)
+    fig = make_subplots(rows=len(sizes), cols=len(TRIED), column_titles=[*TRIED.values()], horizontal_spacing=0.07,
+                        vertical_spacing=0.08)
     architectures = [*dict.fromkeys(frame["trial.architecture"])]
-    for row, (_, held) in enumerate(sizes, 1):
+    for row, ((width, batch, samples), held) in enumerate(sizes, 1):
         for name, of_one in held.groupby("trial.architecture", sort=False):
             number, rates = architectures.index(name), of_one.groupby("lr")
             for column, measure in enumerate(TRIED, 1):
@@ -77,9 +76,10 @@ def learning_rates(results: dict) -> go.Figure:
                                 error_y={"array": rates[measure].max() - mean, "symmetric": False,
                                          "arrayminus": mean - rates[measure].min(), "thickness": 1})
         fig.update_yaxes(tickformat=".0%", row=row, col=len(TRIED))
+        fig.update_yaxes(title=f"F {width:.0f}, batch {batch:.0f},<br>{samples:,.0f} samples", row=row, col=1)
         fig.update_xaxes(title="Learning rate (log)" if row == len(sizes) else None, row=row)
     fig.add_vline(x=Architecture.tuned_lr, line={"color": GREY, "dash": "dot"})
-    fig.update_xaxes(type="log")
+    fig.update_xaxes(type="log", tickvals=sorted(frame.lr.unique()), tickformat=".1e")
     fig.update_layout(legend={"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"})
     return dress(fig, "Learning rates on SmolLM2", "Layer 8, L0 32 or steered to it; mean and range over seeds; the "
                  "dotted line is the default", width=1180, height=160 + 340 * len(sizes), top=150)
